@@ -1,0 +1,1 @@
+"""Continuous batching over a paged KV cache; token ids in, token ids out."""

@@ -1,0 +1,1 @@
+"""Offline training: text to token shards, token shards to a checkpoint."""
