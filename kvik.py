@@ -1,1 +1,287 @@
-def main() -> None: ...
+"""The command line: every subcommand builds configs and calls a room; nothing is computed here."""
+
+import importlib.metadata
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="kvik",
+    help="Train a GPT and serve it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(stderr=True, highlight=False)
+
+STORYTELLER = Path(__file__).resolve().parent / "weights" / "storyteller"
+
+
+def fail(message: object) -> NoReturn:
+    """Say what went wrong and leave with status 1."""
+    console.print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def _plain(message: object) -> str:
+    return str(message).replace("[", r"\[")  # rich would take brackets for markup
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvik {importlib.metadata.version('kvik')}")
+        raise typer.Exit
+
+
+@app.callback()
+def kvik(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Train a GPT and serve it."""
+
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        envvar="KVIK_MODEL",
+        help="A checkpoint directory, or a name such as openai-community/gpt2.",
+        show_default="the storyteller",
+    ),
+]
+DeviceOption = Annotated[str, typer.Option(envvar="KVIK_DEVICE", help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[str, typer.Option(envvar="KVIK_DTYPE", help="auto, float32 or bfloat16.")]
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint directory.")],
+) -> None:
+    """Show a checkpoint's shape, files, tokenizer and memory ledger. Loads nothing."""
+    from model.vocabulary import TokenizerError
+    from weights.layout import CheckpointError, read_layout, read_tokenizer
+    from weights.ledger import MemoryLedger, available_memory_bytes
+
+    try:
+        layout = read_layout(directory)
+        files = [(file.name, file.stat().st_size, _sha256(file)) for file in layout.files]
+    except CheckpointError as error:
+        fail(error)
+    try:
+        tokenizer = read_tokenizer(layout)
+        vocabulary = f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids"
+    except (CheckpointError, TokenizerError) as error:
+        vocabulary = f"unusable: {error}"
+
+    config = layout.config
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in (
+        ("parameters", f"{config.num_parameters:,}"),
+        ("layers, heads, width", f"{config.n_layer}, {config.n_head}, {config.n_embd}"),
+        ("MLP width", f"{config.mlp_width} ({config.activation})"),
+        ("context", f"{config.n_ctx} tokens"),
+        ("vocabulary", f"{config.vocab_size:,} rows"),
+        ("biases", "yes" if config.bias else "no (stored as zeros)"),
+        ("tokenizer", _plain(vocabulary)),
+        ("bos, eos", f"{layout.bos_token_id}, {list(layout.eos_token_ids)}".replace("[", r"\[")),
+        ("dtype on disk", ", ".join(layout.dtypes)),
+        *(("file", f"{name} ({_size(size)}), sha256 {digest}") for name, size, digest in files),
+    ):
+        facts.add_row(name, value)
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(facts)
+
+    available = available_memory_bytes()
+    table = Table(title=f"Memory ledger ({_size(available)} available)", title_justify="left")
+    for heading in ("precision", "weights", "KV a token", "KV a full context", "contexts that fit"):
+        table.add_column(heading, justify="left" if heading == "precision" else "right")
+    for precision, num_bytes in (("float32", 4), ("bfloat16", 2)):
+        ledger = MemoryLedger.of(config, bytes_per_value=num_bytes)
+        table.add_row(
+            precision,
+            _size(ledger.weights_bytes),
+            _size(ledger.kv_bytes_per_token),
+            _size(ledger.kv_bytes_per_sequence),
+            f"{ledger.num_sequences(available):,}",
+        )
+    out.print(table)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")] = "",
+    model: ModelOption = str(STORYTELLER),
+    max_tokens: Annotated[
+        int, typer.Option(envvar="KVIK_MAX_TOKENS", min=1, help="Tokens to write at most.")
+    ] = 200,
+    temperature: Annotated[
+        float, typer.Option(envvar="KVIK_TEMPERATURE", min=0, max=2, help="0 is greedy.")
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(envvar="KVIK_TOP_K", min=0, help="Most probable tokens kept; 0: all.")
+    ] = 0,
+    seed: Annotated[
+        int | None, typer.Option(envvar="KVIK_SEED", help="The same seed, the same text.")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Continue a text, streaming it to the terminal."""
+    import codecs
+    import time
+
+    from model.generate import generate as decode
+    from model.generate import sample
+
+    network, tokenizer, layout = _load(model, device, dtype)
+    prompt_ids = _encode(tokenizer, prompt)
+    if not prompt_ids:
+        if layout.bos_token_id is None:
+            fail("The prompt is empty, and this model has no token to start from.")
+        prompt_ids = [layout.bos_token_id]
+    if len(prompt_ids) >= layout.config.n_ctx:
+        fail(
+            f"The prompt has {len(prompt_ids)} tokens; this model's context is "
+            f"{layout.config.n_ctx}, and the completion needs room in it too."
+        )
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "little")
+    typer.echo(prompt, nl=False)
+    # Bytes become text as soon as they are whole characters: a token may end inside one.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    start, count = time.perf_counter(), 0
+    for token_id in decode(
+        network,
+        prompt_ids,
+        max_tokens,
+        choose=sample(temperature, seed=seed, top_k=top_k),
+        vocab_size=tokenizer.vocab_size,
+        stop_token_ids=layout.eos_token_ids,
+    ):
+        count += 1
+        if token_id not in layout.eos_token_ids:
+            typer.echo(decoder.decode(tokenizer.token_bytes(token_id)), nl=False)
+            sys.stdout.flush()
+    typer.echo(decoder.decode(b"", final=True))
+    seconds = time.perf_counter() - start
+    console.print(f"[dim]{count} tokens, {count / seconds:.0f} tokens/s, seed {seed}[/]")
+
+
+@app.command()
+def score(
+    file: Annotated[Path, typer.Argument(help="A text file, UTF-8.")],
+    model: ModelOption = str(STORYTELLER),
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Show how well a model predicts a text: loss, perplexity, bits per byte."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from model.score import log_likelihood
+
+    try:
+        raw = file.read_bytes()
+        text = raw.decode()
+    except OSError as error:
+        fail(f"{file} cannot be read: {error.strerror}.")
+    except UnicodeDecodeError as error:
+        fail(f"{file} is not UTF-8 text: byte {error.start} does not fit.")
+    network, tokenizer, layout = _load(model, device, dtype)
+    token_ids = _encode(tokenizer, text)
+    with Progress(
+        "scoring", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
+        transient=True,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("scoring", total=len(token_ids))
+        try:
+            total, num_scored = log_likelihood(
+                network,
+                token_ids,
+                bos_token_id=layout.bos_token_id,
+                vocab_size=tokenizer.vocab_size,
+                advance=lambda num_tokens: progress.advance(task, num_tokens),
+            )
+        except ValueError as error:
+            fail(f"{file}: {error}")
+    loss = -total / num_scored
+    typer.echo(f"tokens scored    {num_scored:,} of {len(token_ids):,}")
+    typer.echo(f"loss             {loss:.4f} nats a token")
+    typer.echo(f"perplexity       {math.exp(min(loss, 700)):.3f}")
+    typer.echo(f"bits per byte    {-total / math.log(2) / len(raw):.4f}")
+
+
+@app.command()
+def serve() -> None:
+    """Serve completions over HTTP."""
+    fail("the server is not built yet; try: kvik generate 'Once upon a time'")
+
+
+def _load(model: str, device: str, dtype: str) -> tuple[Any, Any, Any]:
+    """Load a checkpoint for the commands that compute: model, tokenizer, layout."""
+    import torch
+
+    from model.vocabulary import TokenizerError
+    from weights.checkpoint import load_layout
+    from weights.layout import CheckpointError, read_layout, read_tokenizer
+
+    dtypes = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        fail(f"--dtype must be one of {', '.join(dtypes)}, got {dtype!r}.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+        if target.type == "cuda" and not torch.cuda.is_available():
+            fail("--device cuda: no CUDA device is available here; use --device cpu.")
+    except RuntimeError:
+        fail(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}.")
+    try:
+        layout = read_layout(Path(model))
+        tokenizer = read_tokenizer(layout)
+        return load_layout(layout, device=target, dtype=dtypes[dtype]), tokenizer, layout
+    except (CheckpointError, TokenizerError) as error:
+        fail(error)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    from model.vocabulary import TokenizerError
+
+    try:
+        token_ids: list[int] = tokenizer.encode(text)
+    except TokenizerError as error:
+        fail(error)
+    return token_ids
+
+
+def _sha256(file: Path) -> str:
+    import hashlib
+
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000 or unit == "GB":
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.2f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The shape of a GPT: numbers and names only, no torch, so that a server can read it in a millisecond."""
+"""The shape of a GPT: numbers and names, no torch, so that any process can read it at once."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -47,9 +47,7 @@ class GPTConfig:
         if not self.layer_norm_epsilon > 0:
             raise ValueError(f"layer_norm_epsilon must be positive, got {self.layer_norm_epsilon}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"dropout must be at least 0 and less than 1, got {self.dropout}"
-            )
+            raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}")
 
     @property
     def head_size(self) -> int:
@@ -73,5 +71,5 @@ class GPTConfig:
 
     def attention_scale(self, layer: int) -> float:
         """The factor on layer `layer`'s scores q k^T before the softmax."""
-        scale = self.head_size**-0.5
+        scale: float = self.head_size**-0.5
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale

@@ -34,7 +34,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """x (..., C) -> (..., C)."""
+        """Map x (..., C) to (..., C)."""
         q, k, v = (t.unflatten(-1, (self.n_head, -1)) for t in self.c_attn(x).chunk(3, dim=-1))
         y: Tensor = self.c_proj(attend(self.layer, q, k, v).flatten(-2))
         return y
@@ -50,7 +50,7 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., C) -> (..., C)."""
+        """Map x (..., C) to (..., C)."""
         y: Tensor = self.c_proj(self.activation(self.c_fc(x)))
         return y
 
@@ -67,9 +67,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """x (..., C) -> (..., C)."""
+        """Map x (..., C) to (..., C)."""
         x = x + self.dropout(self.attn(self.ln_1(x), attend))
-        return x + self.dropout(self.mlp(self.ln_2(x)))
+        y: Tensor = x + self.dropout(self.mlp(self.ln_2(x)))
+        return y
 
 
 class GPT(nn.Module):

@@ -1,0 +1,204 @@
+"""GPTs to and from checkpoint directories; what may lie in one is `layout.py`'s to say."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model.gpt import GPT
+from model.tokenizer import Tokenizer
+from weights.layout import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    TRANSPOSED,
+    WEIGHTS_FILE,
+    CheckpointError,
+    Layout,
+    StoredTensor,
+    format_config,
+    new_directory,
+    read_layout,
+    stored_shapes,
+)
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHUNK_BYTES = 16 * 2**20  # read at a time, so that loading needs little more than the model
+
+
+def save(
+    model: GPT,
+    directory: Path,
+    *,
+    tokenizer: Tokenizer | None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Save a model as a new checkpoint directory: there as a whole or not at all.
+
+    Raises CheckpointError if the directory exists; see `write` for the rest.
+    """
+    with new_directory(directory) as partial:
+        write(model, partial, tokenizer=tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def write(
+    model: GPT,
+    directory: Path,
+    *,
+    tokenizer: Tokenizer | None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a checkpoint's files into a directory that `new_directory` yielded.
+
+    Args:
+        model: what to write.
+        directory: an existing directory.
+        tokenizer: written beside it; its bos and eos ids go into the config. None leaves a
+            checkpoint that knows token ids only.
+        dtype: float32, float16 or bfloat16 on disk; None keeps the model's own.
+        max_shard_bytes: weights beyond this size are split over several files with an index.
+
+    Raises:
+        CheckpointError: the tokenizer does not fit the model, or a tensor is not finite.
+    """
+    config = model.config
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer has {tokenizer.vocab_size} ids and the model only "
+            f"{config.vocab_size}; they do not belong together."
+        )
+    dtype = dtype or model.wte.weight.dtype
+    if dtype not in _DTYPES.values():
+        raise CheckpointError(f"Checkpoints hold float32, float16 or bfloat16, not {dtype}.")
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    for name, shape in stored_shapes(config).items():
+        if name not in parameters:  # a model without biases: zeros, or Hugging Face cannot load it
+            tensors[f"transformer.{name}"] = torch.zeros(shape, dtype=dtype)
+            continue
+        tensor = parameters[name].detach()
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.T
+        tensor = tensor.to("cpu", dtype).contiguous()
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"The tensor {name} is not finite in {dtype}; not saved.")
+        tensors[f"transformer.{name}"] = tensor
+    _write_tensors(tensors, directory, max_shard_bytes)
+    document = format_config(
+        config,
+        dtype=str(dtype).removeprefix("torch."),
+        bos_token_id=tokenizer.bos_token_id if tokenizer else None,
+        eos_token_id=tokenizer.eos_token_id if tokenizer else None,
+    )
+    (directory / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.write(directory)
+
+
+def load(
+    directory: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> GPT:
+    """Load a model in any floating dtype straight to a device; None keeps the dtype on disk.
+
+    Needs the model's own memory and some 50 MB. Raises CheckpointError, see `read_layout`; also
+    for values that are not finite, an output head that differs from the embedding, and biases
+    that are not zero in a model without biases.
+    """
+    layout = read_layout(directory)
+    if dtype is None:
+        on_disk = layout.dtypes
+        dtype = _DTYPES[on_disk[0]] if len(on_disk) == 1 else torch.float32
+    return load_layout(layout, device=device, dtype=dtype)
+
+
+def load_layout(layout: Layout, *, device: torch.device | str, dtype: torch.dtype) -> GPT:
+    """Load the model of a layout that has been read already; see `load`."""
+    with torch.device("meta"):
+        model = GPT(layout.config)
+    for name, tensor in layout.tensors.items():
+        parameter = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
+        _copy(tensor, parameter.T if name.endswith(TRANSPOSED) else parameter)
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, nn.Parameter(parameter))
+    if layout.head is not None:
+        _check_equal(layout.head, layout.tensors["wte.weight"])
+    for tensor in layout.zero_biases:
+        if torch.count_nonzero(torch.cat(list(_chunks(tensor)))):
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.key} is not zero, and {CONFIG_FILE} says that the "
+                "model has no biases."
+            )
+    return model.eval()
+
+
+def _copy(tensor: StoredTensor, target: Tensor) -> None:
+    """Fill `target`, of the stored shape, from the file."""
+    row = 0
+    for chunk in _chunks(tensor):
+        if not torch.isfinite(chunk).all():
+            raise CheckpointError(f"{tensor.file}: tensor {tensor.key} holds values not finite.")
+        rows = target[row : row + len(chunk)]
+        rows.copy_(chunk)
+        row += len(chunk)
+        if target.dtype == torch.float16 and not torch.isfinite(rows).all():
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.key} has values beyond float16's range; load it as "
+                "float32 or bfloat16."
+            )
+
+
+def _check_equal(head: StoredTensor, embedding: StoredTensor) -> None:
+    """Check that a stored output head is the embedding: ours is tied to it."""
+    for ours, theirs in zip(_chunks(embedding), _chunks(head), strict=False):
+        if not torch.equal(ours.float(), theirs.float()):
+            raise CheckpointError(
+                f"{head.file}: {head.key} differs from {embedding.key}; only tied output heads are "
+                "supported."
+            )
+
+
+def _chunks(tensor: StoredTensor) -> Iterator[Tensor]:
+    """A stored tensor's rows, some MiB at a time, read into fresh memory: no map to linger."""
+    row_bytes = tensor.num_bytes // tensor.shape[0]
+    # Counted in float32, so that two copies of a tensor in two dtypes come in the same pieces.
+    rows = max(1, _CHUNK_BYTES // (4 * math.prod(tensor.shape[1:])))
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.offset)
+        for first in range(0, tensor.shape[0], rows):
+            count = min(rows, tensor.shape[0] - first)
+            raw = bytearray(count * row_bytes)
+            if stream.readinto(raw) != len(raw):
+                raise CheckpointError(f"{tensor.file} was cut off while {tensor.key} was read.")
+            chunk = torch.frombuffer(raw, dtype=_DTYPES[tensor.dtype])
+            yield chunk.view(count, *tensor.shape[1:])
+
+
+def _write_tensors(tensors: dict[str, Tensor], directory: Path, max_shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    room = max_shard_bytes
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    metadata = {"format": "pt"}  # without it, transformers refuses the file
+    if len(shards) == 1:
+        save_file(tensors, directory / WEIGHTS_FILE, metadata)
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, directory / name, metadata)
+        places |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

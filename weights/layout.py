@@ -1,0 +1,486 @@
+"""What lies in a checkpoint directory, checked before anything is used; reads no tensor, no torch.
+
+The layout is Hugging Face's for GPT-2: `config.json`, `model.safetensors` (or shards with an
+index), tokenizer files.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from model.config import Activation, GPTConfig
+from model.tokenizer import Tokenizer, load_tokenizer
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # the safetensors names of what we load
+
+_MAX_JSON_BYTES = 4 * 2**20
+_MAX_HEADER_BYTES = 2**20  # the 1.5B's header has 90 kB; the format alone would allow 100 MB
+_MAX_TENSORS = 4096
+_GPT2_END_OF_TEXT = 50256  # what transformers assumes for bos and eos where a config is silent
+
+# Conv1D in the published layout: stored (in, out), used by nn.Linear as (out, in).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+
+# Fields of a config that change the computation, with the one value that we compute.
+_ONLY = {
+    "model_type": "gpt2",
+    "scale_attn_weights": True,
+    "add_cross_attention": False,
+    "is_decoder": None,  # has no effect on GPT-2
+    "tie_word_embeddings": True,
+}
+_ACTIVATION_NAMES: dict[str, Activation] = {
+    **{name: name for name in get_args(Activation)},
+    "gelu_pytorch_tanh": "gelu_new",  # the same function under another name
+}
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used, or written; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """Where one tensor lies and how."""
+
+    name: str  # GPT's parameter name
+    key: str  # the name it is stored under
+    file: Path
+    dtype: str  # F32, F16 or BF16
+    shape: tuple[int, ...]  # as stored, Conv1D weights (in, out)
+    offset: int  # of its first byte in the file
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The facts of a checkpoint directory whose structure has been checked."""
+
+    directory: Path
+    config: GPTConfig
+    tensors: Mapping[str, StoredTensor]  # by parameter name, every parameter of the config
+    head: StoredTensor | None  # a stored copy of the tied output head
+    zero_biases: tuple[StoredTensor, ...]  # stored for a model without biases; must be zero
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, in order."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The dtypes on disk, as safetensors names them."""
+        return sorted({tensor.dtype for tensor in self.tensors.values()})
+
+
+def read_layout(directory: Path) -> Layout:
+    """Read and check a checkpoint's config and the headers of its weight files.
+
+    Raises CheckpointError, naming the file, the tensor, what was expected and what was found.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} is not a directory; a checkpoint is a directory with {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE}."
+        )
+    document = read_json(directory / CONFIG_FILE)
+    config = parse_config(document, directory / CONFIG_FILE)
+    generation: dict[str, Any] = {}
+    if (directory / GENERATION_CONFIG_FILE).exists():
+        generation = read_json(directory / GENERATION_CONFIG_FILE)
+    stored = _read_headers(directory)
+    shapes = stored_shapes(config)
+    head = stored.pop("lm_head.weight", None)
+    if head is not None:
+        _check_tensor(head, shapes["wte.weight"])
+    for name in shapes:
+        if name not in stored:
+            where = directory / (
+                WEIGHTS_FILE if (directory / WEIGHTS_FILE).exists() else INDEX_FILE
+            )
+            raise CheckpointError(f"{where} lacks the tensor {name}, shape {list(shapes[name])}.")
+    for name, tensor in stored.items():
+        if name not in shapes:
+            raise CheckpointError(
+                f"{tensor.file} holds the tensor {tensor.key}, which a GPT-2 of {config.n_layer} "
+                "layers does not have."
+            )
+        _check_tensor(tensor, shapes[name])
+    # A model without biases is stored with zeros in their place, for Hugging Face's sake.
+    absent = {n for n in shapes if not config.bias and n.endswith(".bias")}
+    bos = _token_ids(document, generation, "bos_token_id", config, directory)
+    return Layout(
+        directory=directory,
+        config=config,
+        tensors={name: stored[name] for name in shapes if name not in absent},
+        head=head,
+        zero_biases=tuple(stored[name] for name in shapes if name in absent),
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=_token_ids(document, generation, "eos_token_id", config, directory),
+    )
+
+
+def read_tokenizer(layout: Layout) -> Tokenizer:
+    """Load the checkpoint's tokenizer and check that it fits the model's vocabulary.
+
+    Raises CheckpointError if it has ids that the model has not, TokenizerError if it is unusable.
+    """
+    tokenizer = load_tokenizer(layout.directory)
+    if tokenizer.vocab_size > layout.config.vocab_size:
+        raise CheckpointError(
+            f"{layout.directory}: the tokenizer has {tokenizer.vocab_size} ids and the model only "
+            f"{layout.config.vocab_size}; they do not belong together."
+        )
+    return tokenizer
+
+
+def parse_config(document: Mapping[str, Any], path: Path) -> GPTConfig:
+    """Turn Hugging Face's GPT-2 config into ours, refusing by name what we do not compute.
+
+    Fields about training, heads we do not have and caching do not change what a language model
+    computes and pass. Absent fields mean transformers' defaults, which are GPT-2 124M.
+    """
+    for field, value in _ONLY.items():
+        found = document.get(field, value)
+        if value is not None and found != value:
+            raise CheckpointError(f"{path} has {field} {found!r}; only {value!r} is supported.")
+    for field in ("quantization_config", "pruned_heads"):
+        if document.get(field):
+            raise CheckpointError(f"{path} has a {field}, which is not supported.")
+    activation = document.get("activation_function", "gelu_new")
+    if activation not in _ACTIVATION_NAMES:
+        raise CheckpointError(
+            f"{path} has activation_function {activation!r}; supported are "
+            f"{', '.join(_ACTIVATION_NAMES)}."
+        )
+    kvik = document.get("kvik") or {}
+    bias = kvik.get("bias", True) if isinstance(kvik, dict) else None
+    if not isinstance(bias, bool):
+        raise CheckpointError(f'{path} has an unreadable "kvik" entry: {kvik!r}.')
+
+    def number(field: str, default: Any, kind: type) -> Any:
+        value = document.get(field, default)
+        if value is None and default is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+            raise CheckpointError(
+                f"{path} has {field} {value!r}; expected a number ({kind.__name__})."
+            )
+        return value
+
+    inverse = document.get("scale_attn_by_inverse_layer_idx", False)
+    if not isinstance(inverse, bool):
+        raise CheckpointError(
+            f"{path} has scale_attn_by_inverse_layer_idx {inverse!r}; expected true or false."
+        )
+    try:
+        return GPTConfig(
+            n_layer=number("n_layer", 12, int),
+            n_head=number("n_head", 12, int),
+            n_embd=number("n_embd", 768, int),
+            n_ctx=number("n_positions", 1024, int),
+            vocab_size=number("vocab_size", 50257, int),
+            n_inner=number("n_inner", None, int),
+            activation=_ACTIVATION_NAMES[activation],
+            layer_norm_epsilon=number("layer_norm_epsilon", 1e-5, float),
+            scale_attn_by_inverse_layer_idx=inverse,
+            bias=bias,
+            # The file may name three rates; training with ours sets its own, serving has none.
+            dropout=number("resid_pdrop", 0.1, float),
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}.") from error
+
+
+def format_config(
+    config: GPTConfig, *, dtype: str, bos_token_id: int | None, eos_token_id: int | None
+) -> dict[str, Any]:
+    """Turn our config into Hugging Face's; `dtype` is torch's name, such as "float32"."""
+    document: dict[str, Any] = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.n_ctx,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": config.n_inner,
+        "activation_function": config.activation,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "tie_word_embeddings": True,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "dtype": dtype,
+    }
+    if not config.bias:
+        document["kvik"] = {"bias": False}
+    return document
+
+
+def stored_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The shape on disk of every tensor of a model, biases included, by parameter name."""
+    width, inner = config.n_embd, config.mlp_width
+    layer = {
+        "ln_1.weight": (width,),
+        "ln_1.bias": (width,),
+        "attn.c_attn.weight": (width, 3 * width),
+        "attn.c_attn.bias": (3 * width,),
+        "attn.c_proj.weight": (width, width),
+        "attn.c_proj.bias": (width,),
+        "ln_2.weight": (width,),
+        "ln_2.bias": (width,),
+        "mlp.c_fc.weight": (width, inner),
+        "mlp.c_fc.bias": (inner,),
+        "mlp.c_proj.weight": (inner, width),
+        "mlp.c_proj.bias": (width,),
+    }
+    return {
+        "wte.weight": (config.vocab_size, width),
+        "wpe.weight": (config.n_ctx, width),
+        **{f"h.{i}.{name}": shape for i in range(config.n_layer) for name, shape in layer.items()},
+        "ln_f.weight": (width,),
+        "ln_f.bias": (width,),
+    }
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Write a directory that is either there as a whole or not at all.
+
+    Yields a temporary sibling to write in; when the block ends well, every file is brought to the
+    disk and the sibling renamed to `path`; when it does not, the sibling is removed. A kill leaves
+    at most the sibling, whose name starts with a dot. Raises CheckpointError if `path` exists.
+    """
+    path = Path(os.path.abspath(path))
+    if os.path.lexists(path):
+        raise CheckpointError(f"{path} exists already; name another place or remove it first.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had our id
+    partial.mkdir()
+    try:
+        yield partial
+        for folder, _, names in os.walk(partial):
+            for name in names:
+                _flush(Path(folder) / name)
+            _flush(Path(folder))
+        if os.path.lexists(path):  # rename would replace an empty directory made meanwhile
+            raise CheckpointError(f"{path} was made by someone else meanwhile.")
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _flush(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a regular file; raises CheckpointError, naming the file."""
+    size = _regular_file_size(path)
+    if size > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {size} bytes; at most {_MAX_JSON_BYTES} are expected.")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def _flush(path: Path) -> None:
+    """Bring a file or a directory's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _regular_file_size(path: Path) -> int:
+    """The size of the regular file behind `path` and whatever links lead there.
+
+    Opening a pipe or a device instead would hang or worse. Raises CheckpointError.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        reason = "is a dangling link" if path.is_symlink() else f"is missing ({error.strerror})"
+        raise CheckpointError(f"{path} {reason}.") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is not a regular file.")
+    return status.st_size
+
+
+def _token_ids(
+    document: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    field: str,
+    config: GPTConfig,
+    directory: Path,
+) -> tuple[int, ...]:
+    """The ids a checkpoint names for `field`; its generation config has the last word."""
+    default = _GPT2_END_OF_TEXT if config.vocab_size > _GPT2_END_OF_TEXT else None
+    value = document.get(field, default)
+    if generation.get(field) is not None:
+        value = generation[field]
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < config.vocab_size:
+            raise CheckpointError(
+                f"{directory} names {field} {value!r}; ids of this model are 0 to "
+                f"{config.vocab_size - 1}."
+            )
+    return tuple(ids)
+
+
+def _check_tensor(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.key} should have shape {list(shape)} by "
+            f"{CONFIG_FILE}, found {list(tensor.shape)}."
+        )
+    if tensor.dtype not in DTYPE_BYTES:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.key} has dtype {tensor.dtype}; supported are "
+            f"{', '.join(DTYPE_BYTES)}."
+        )
+
+
+def _read_headers(directory: Path) -> dict[str, StoredTensor]:
+    """The tensors of a directory by parameter name, mask buffers left out."""
+    if os.path.lexists(directory / WEIGHTS_FILE):
+        files: dict[Path, set[str] | None] = {directory / WEIGHTS_FILE: None}
+    elif os.path.lexists(directory / INDEX_FILE):
+        files = dict(_read_index(directory))
+    else:
+        others = sorted(
+            path.name
+            for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5")
+            for path in directory.glob(pattern)
+        )
+        raise CheckpointError(
+            f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}."
+            + (f" It has {', '.join(others)}: bring it in with kvik convert." if others else "")
+        )
+    stored: dict[str, StoredTensor] = {}
+    for file, keys in files.items():
+        found = _read_header(file)
+        if keys is not None and keys != {tensor.key for tensor in found}:
+            odd = sorted(keys ^ {tensor.key for tensor in found})[0]
+            raise CheckpointError(f"{directory / INDEX_FILE} and {file} disagree about {odd}.")
+        for tensor in found:
+            if _MASK_BUFFER.fullmatch(tensor.name):
+                continue
+            if tensor.name in stored:
+                raise CheckpointError(
+                    f"{file} stores {tensor.name} a second time, as {tensor.key}; first in "
+                    f"{stored[tensor.name].file} as {stored[tensor.name].key}."
+                )
+            stored[tensor.name] = tensor
+    return stored
+
+
+def _read_index(directory: Path) -> dict[Path, set[str]]:
+    path = directory / INDEX_FILE
+    entries = read_json(path).get("weight_map")
+    if not isinstance(entries, dict) or not entries:
+        raise CheckpointError(f"{path} has no weight_map.")
+    files: dict[Path, set[str]] = {}
+    for key, name in entries.items():
+        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+            raise CheckpointError(f"{path} places {key} in {name!r}, which is no file beside it.")
+        files.setdefault(directory / name, set()).add(key)
+    return files
+
+
+def _read_header(file: Path) -> list[StoredTensor]:
+    """Read a safetensors header and check that its tensors tile the file exactly.
+
+    The library would do most of this on opening; here it happens without torch, with bounds of
+    our own, and with errors that name the tensor.
+    """
+    size = _regular_file_size(file)
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{file} is no safetensors file, or cut off: it has {size} bytes and announces a "
+                f"header of {length} (at most {_MAX_HEADER_BYTES} are expected)."
+            )
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} has an unreadable header: {error}.") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} has a header that is not a JSON object.")
+    header.pop("__metadata__", None)
+    if len(header) > _MAX_TENSORS:
+        raise CheckpointError(f"{file} lists {len(header)} tensors; at most {_MAX_TENSORS}.")
+    tensors = [_parse_entry(file, key, entry, 8 + length) for key, entry in header.items()]
+    end = 8 + length
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.num_bytes)):
+        if tensor.offset != end:
+            raise CheckpointError(
+                f"{file}: tensor {tensor.key} starts at byte {tensor.offset}; expected {end}, "
+                "where the one before it ends."
+            )
+        end += tensor.num_bytes
+    if end != size:
+        raise CheckpointError(
+            f"{file} has {size} bytes; its header accounts for {end}. Was the copy cut off?"
+        )
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return entries
+
+
+def _parse_entry(file: Path, key: str, entry: Any, start: int) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, begin, end]
+        if any(type(n) is not int or n < 0 for n in numbers) or not isinstance(dtype, str):
+            raise ValueError
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{file} has an unreadable entry for tensor {key}.") from None
+    # A dtype we do not load is reported later, with the tensor's role; masks may have any.
+    expected = math.prod(shape) * DTYPE_BYTES[dtype] if dtype in DTYPE_BYTES else end - begin
+    if end - begin != expected:
+        raise CheckpointError(
+            f"{file}: tensor {key} has {end - begin} bytes; expected {expected} for {dtype} of "
+            f"shape {shape}."
+        )
+    return StoredTensor(
+        name=key.removeprefix("transformer."),
+        key=key,
+        file=file,
+        dtype=dtype,
+        shape=tuple(shape),
+        offset=start + begin,
+        num_bytes=end - begin,
+    )
