@@ -14,6 +14,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 # Of the merges of OpenAI's GPT-2, joined by newlines: known good, so the check below is skipped.
 _GPT2_MERGES_SHA256 = "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0"
+_MERGES_FILES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
 _MAX_FILE_BYTES = 64 * 2**20
 
 
@@ -125,14 +126,17 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     Raises TokenizerError, naming the file, for whatever is not a byte-level BPE with GPT-2's rule
     for splitting text.
     """
-    if (directory / "tokenizer.json").exists():
-        return _read_tokenizer_json(directory / "tokenizer.json")
-    for vocabulary_name, merges_name in (
-        ("vocab.json", "merges.txt"),
-        ("encoder.json", "vocab.bpe"),
+    for name, read in (
+        ("tokenizer.json", _read_tokenizer_json),
+        ("vocab.json", _read_pair),
+        ("encoder.json", _read_pair),
     ):
-        if (directory / vocabulary_name).exists():
-            return _read_pair(directory, directory / vocabulary_name, directory / merges_name)
+        path = directory / name
+        if path.exists():
+            try:
+                return read(path)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise TokenizerError(f"{path} is not built as expected: {error!r}.") from error
     raise TokenizerError(
         f"{directory} holds no tokenizer: expected vocab.json and merges.txt, encoder.json and "
         "vocab.bpe, tokenizer.json, or characters.json."
@@ -185,9 +189,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_pair(directory: Path, vocabulary_path: Path, merges_path: Path) -> Vocabulary:
-    listed = read_json(vocabulary_path)
-    merges = _read_merges(merges_path)
+def _read_pair(path: Path) -> Vocabulary:
+    directory = path.parent
+    listed = read_json(path)
+    merges = _read_merges(directory / _MERGES_FILES[path.name])
     # What neither is a byte nor comes from a merge was added by name, as <|endoftext|> was.
     alphabet, reachable = byte_alphabet(), {left + right for left, right in merges}
     tokens = {t: i for t, i in listed.items() if t in reachable or t in alphabet}
@@ -208,7 +213,7 @@ def _read_pair(directory: Path, vocabulary_path: Path, merges_path: Path) -> Voc
             ({"id": int(i), **entry} for i, entry in entries.items()),
         )
         special = {t: i for t, i in special.items() if t not in added} | new_special
-    return _build(vocabulary_path, tokens, merges, special, added)
+    return _build(path, tokens, merges, special, added)
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
@@ -256,7 +261,8 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
     if split.get("add_prefix_space"):
         raise TokenizerError(f"{path} asks for add_prefix_space, which is not supported.")
     after = document.get("post_processor") or {"type": "ByteLevel"}
-    if after.get("type") != "ByteLevel":
+    template = [part for part in after.get("single", ()) if "Sequence" not in part]
+    if after.get("type") not in ("ByteLevel", "TemplateProcessing") or template:
         raise TokenizerError(
             f"{path} adds tokens by a {after.get('type')} post-processor, which is not supported."
         )
