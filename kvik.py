@@ -221,6 +221,82 @@ def score(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(help="nanoGPT's ckpt.pt, llm.c's model.bin, or a Hugging Face directory."),
+    ],
+    destination: Annotated[Path, typer.Argument(help="A new checkpoint directory.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            envvar="KVIK_CONVERT_DTYPE",
+            help="float32, bfloat16 or float16 on disk.",
+            show_default="the source's",
+        ),
+    ] = None,
+    tokenizer_dir: Annotated[
+        Path | None,
+        typer.Option(envvar="KVIK_TOKENIZER_DIR", help="Where GPT-2's or another BPE lies."),
+    ] = None,
+    meta: Annotated[
+        Path | None,
+        typer.Option(envvar="KVIK_META", help="nanoGPT's meta.pkl, for a model of characters."),
+    ] = None,
+    no_tokenizer: Annotated[
+        bool,
+        typer.Option(
+            "--no-tokenizer", envvar="KVIK_NO_TOKENIZER", help="Convert for token ids only."
+        ),
+    ] = False,
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            envvar="KVIK_ACTIVATION",
+            help="What an old nanoGPT checkpoint computes: gelu_new before May 2023.",
+            show_default="gelu",
+        ),
+    ] = None,
+) -> None:
+    """Turn any supported checkpoint into ours. Says what it found and what it changed."""
+    from typing import get_args
+
+    import torch
+
+    from model.config import Activation
+    from weights.convert.conversion import convert as convert_checkpoint
+    from weights.layout import CheckpointError
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in dtypes:
+        fail(f"--dtype must be one of {', '.join(dtypes)}, got {dtype!r}.")
+    activations: dict[str, Activation] = {name: name for name in get_args(Activation)}
+    if activation is not None and activation not in activations:
+        fail(f"--activation must be one of {', '.join(activations)}, got {activation!r}.")
+    try:
+        report = convert_checkpoint(
+            source,
+            destination,
+            dtype=None if dtype is None else dtypes[dtype],
+            tokenizer_directory=tokenizer_dir,
+            meta=meta,
+            without_tokenizer=no_tokenizer,
+            activation=None if activation is None else activations[activation],
+        )
+    except CheckpointError as error:
+        fail(error)
+    out = Console(highlight=False, soft_wrap=True)
+    for heading, lines in (
+        ("found", report.found),
+        ("changed", report.changed),
+        (f"wrote {report.directory}", report.written),
+    ):
+        out.print(f"[bold]{_plain(heading)}[/]")
+        for line in lines:
+            out.print(f"  {_plain(line)}")
+
+
+@app.command()
 def serve() -> None:
     """Serve completions over HTTP."""
     fail("the server is not built yet; try: kvik generate 'Once upon a time'")
@@ -232,6 +308,7 @@ def _load(model: str, device: str, dtype: str) -> tuple[Any, Any, Any]:
 
     from model.vocabulary import TokenizerError
     from weights.checkpoint import load_layout
+    from weights.hub import resolve
     from weights.layout import CheckpointError, read_layout, read_tokenizer
 
     dtypes = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -246,7 +323,7 @@ def _load(model: str, device: str, dtype: str) -> tuple[Any, Any, Any]:
     except RuntimeError:
         fail(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}.")
     try:
-        layout = read_layout(Path(model))
+        layout = read_layout(resolve(model))
         tokenizer = read_tokenizer(layout)
         return load_layout(layout, device=target, dtype=dtypes[dtype]), tokenizer, layout
     except (CheckpointError, TokenizerError) as error:

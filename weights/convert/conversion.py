@@ -1,0 +1,118 @@
+"""Any supported checkpoint to ours: read, find the tokenizer, write, and tell all of it."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.config import Activation
+from weights.checkpoint import write
+from weights.convert.hugging_face import copy_tokenizer, keep_token_ids
+from weights.convert.recognition import read_foreign
+from weights.convert.tokenizer_search import FoundTokenizer, find_tokenizer, is_padded
+from weights.layout import CONFIG_FILE, CheckpointError, new_directory, read_json, read_layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionReport:
+    """What a conversion did, a line each, for people."""
+
+    directory: Path
+    found: list[str]
+    changed: list[str]
+    written: list[str]
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer_directory: Path | None = None,
+    meta: Path | None = None,
+    without_tokenizer: bool = False,
+    activation: Activation | None = None,
+) -> ConversionReport:
+    """Turn a checkpoint of another program into a directory of ours, whole or not at all.
+
+    Args:
+        source: nanoGPT's ckpt.pt, llm.c's model.bin, a Hugging Face directory with safetensors or
+            pickled weights, or a directory with just one such file.
+        destination: a new directory.
+        dtype: float32, float16 or bfloat16 on disk; None keeps the source's.
+        tokenizer_directory: a byte-level BPE's files, or a directory with llm.c's.
+        meta: nanoGPT's meta.pkl, for a model of characters.
+        without_tokenizer: go on without one; the result takes token ids only.
+        activation: overrides what a nanoGPT checkpoint is taken to compute.
+
+    Raises:
+        CheckpointError: naming the file, what was expected and found, and what to do.
+    """
+    if os.path.lexists(destination):
+        raise CheckpointError(f"{destination} exists already; name another place or remove it.")
+    foreign = read_foreign(source, activation)
+    found = find_tokenizer(
+        foreign, directory=tokenizer_directory, meta=meta, without=without_tokenizer
+    )
+    changed = [*foreign.changed, *found.passed_over]
+    vocab_size = _choose_vocab_size(foreign.config.vocab_size, found, changed)
+    model = foreign.build(vocab_size)
+    dtype = _choose_dtype({parameter.dtype for parameter in model.parameters()}, dtype, changed)
+    with new_directory(destination) as partial:
+        keeps_files = found.origin is not None and found.origin == foreign.huggingface
+        write(model, partial, tokenizer=None if keeps_files else found.tokenizer, dtype=dtype)
+        if foreign.huggingface is not None and (keeps_files or found.tokenizer is None):
+            _keep_huggingface(foreign.huggingface, partial, tokenizer=keeps_files)
+        read_layout(partial)  # before it gets its name: what we wrote, we can read
+        written = sorted(f"{p.name} ({p.stat().st_size:,} bytes)" for p in partial.iterdir())
+    return ConversionReport(
+        directory=destination,
+        found=[*foreign.found, _describe(found)],
+        changed=changed,
+        written=written,
+    )
+
+
+def _choose_vocab_size(rows: int, found: FoundTokenizer, changed: list[str]) -> int:
+    """How many of the vocabulary's rows to keep; says so in `changed`."""
+    if found.tokenizer is None:
+        changed.append("no tokenizer: the result takes and gives token ids only")
+        return rows
+    num_ids = found.tokenizer.vocab_size
+    if rows == num_ids:
+        return rows
+    if not is_padded(rows, num_ids):
+        changed.append(f"kept {rows} rows of vocabulary, {rows - num_ids} more than there are ids")
+        return rows
+    changed.append(f"cut the vocabulary's padding: {rows} rows to the tokenizer's {num_ids}")
+    return num_ids
+
+
+def _choose_dtype(
+    found: set[torch.dtype], wanted: torch.dtype | None, changed: list[str]
+) -> torch.dtype:
+    """The dtype to write, the source's own unless it has several or a wide one."""
+    kept = next(iter(found)) if len(found) == 1 else torch.float32
+    dtype = wanted or (torch.float32 if kept == torch.float64 else kept)
+    names = [str(dtype).removeprefix("torch.") for dtype in (*sorted(found, key=str), dtype)]
+    if found != {dtype}:
+        changed.append(f"converted {', '.join(names[:-1])} to {names[-1]}")
+    return dtype
+
+
+def _keep_huggingface(source: Path, partial: Path, *, tokenizer: bool) -> None:
+    """Leave as it was what a Hugging Face directory says beside its weights."""
+    document = read_json(partial / CONFIG_FILE)
+    keep_token_ids(source, document, partial)
+    (partial / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if tokenizer:
+        copy_tokenizer(source, partial)
+
+
+def _describe(found: FoundTokenizer) -> str:
+    if found.tokenizer is None:
+        return "no tokenizer, as asked"
+    kind, size = found.tokenizer.kind, found.tokenizer.vocab_size
+    return f"{found.origin}: the tokenizer, {kind}, {size} ids"
