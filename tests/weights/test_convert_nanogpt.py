@@ -293,7 +293,7 @@ def test_bare_pickle_that_would_run_code_is_refused_unrun(tmp_path: Path) -> Non
     path = tmp_path / "ckpt.pt"
     path.write_bytes(pickle.dumps({"model": Saboteur(tmp_path / "canary")}))
 
-    with pytest.raises(CheckpointError, match=r"is a pickle, .* It was not executed"):
+    with pytest.raises(CheckpointError, match=r"is a pickle, .* it was not executed"):
         convert(path, tmp_path / "ours", without_tokenizer=True)
 
     assert os.listdir(tmp_path) == ["ckpt.pt"]

@@ -28,7 +28,6 @@ _OTHER_MAGICS = {
 }
 _HEADER = struct.Struct("<256i")
 _DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version
-_MAX_TOKENS = 2**20
 
 
 def is_llm_c(start: bytes, *, only_models: bool = False) -> bool:
@@ -105,10 +104,10 @@ def read_llm_c_tokenizer(path: Path) -> BytePairTokenizer:
     content = path.read_bytes()
     header = _HEADER.unpack(content[: _HEADER.size]) if len(content) >= _HEADER.size else (0,) * 4
     magic, version, num_tokens, end_of_text = header[:4]
-    if magic != _TOKENIZER_MAGIC or version != 2 or not 0 < num_tokens <= _MAX_TOKENS:
+    if magic != _TOKENIZER_MAGIC or version != 2 or not 0 <= end_of_text < num_tokens:
         raise CheckpointError(
             f"{path} is not a tokenizer of llm.c's format 2: magic {magic}, version {version}, "
-            f"{num_tokens} tokens."
+            f"{num_tokens} tokens, end of text {end_of_text}."
         )
     letters = {byte: letter for letter, byte in byte_alphabet().items()}
     ids: dict[str, int] = {}

@@ -175,6 +175,10 @@ def _show(value: object) -> str:
         return str(value)[:200]
     if isinstance(value, str):
         return repr(value[:40])
-    if value is None or isinstance(value, float) or (type(value) is int and abs(value) < 2**63):
+    if (
+        value is None
+        or isinstance(value, (bool, float))
+        or (type(value) is int and abs(value) < 2**63)
+    ):
         return repr(value)
     return f"a {type(value).__name__}"

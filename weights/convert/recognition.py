@@ -14,7 +14,7 @@ from weights.convert.hugging_face import (
 )
 from weights.convert.llm_c import is_llm_c, read_llm_c
 from weights.convert.nanogpt import is_nanogpt, read_nanogpt
-from weights.convert.torch_file import LEGACY_START, ZIP_START, read_torch_file
+from weights.convert.torch_file import START_BYTES, is_torch_file, name_kind, read_torch_file
 from weights.layout import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, CheckpointError
 
 _SUPPORTED = (
@@ -22,12 +22,6 @@ _SUPPORTED = (
     "pytorch_model.bin"
 )
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")  # of files worth a look in a directory
-_START_BYTES = 32
-_UNSUPPORTED = {
-    b"GGUF": "a GGUF file",
-    b"lmgg": "a GGML file",
-    b"\x89HDF": "an HDF5 file, as TensorFlow writes it",
-}
 
 
 def read_foreign(source: Path, activation: Activation | None) -> ForeignCheckpoint:
@@ -70,7 +64,7 @@ def _read_directory(directory: Path, activation: Activation | None) -> ForeignCh
 
 def _read_file(path: Path, activation: Activation | None) -> ForeignCheckpoint:
     start = _start(path)
-    if start.startswith((ZIP_START, LEGACY_START)):
+    if is_torch_file(start):
         content = read_torch_file(path)
         if is_nanogpt(content):
             return read_nanogpt(path, content, activation)
@@ -89,14 +83,7 @@ def _read_file(path: Path, activation: Activation | None) -> ForeignCheckpoint:
             f"{path} is a safetensors file. It needs the name {WEIGHTS_FILE} and a {CONFIG_FILE} "
             "beside it; then convert the directory."
         )
-    if start[:1] == b"\x80":
-        raise CheckpointError(
-            f"{path} is a pickle, and not one of torch.save's. It was not executed. Expected one "
-            f"of {_SUPPORTED}."
-        )
-    shown = f"of no known kind; its first bytes are {start[:8].hex(' ') or 'missing'}"
-    kind = next((kind for magic, kind in _UNSUPPORTED.items() if start.startswith(magic)), shown)
-    raise CheckpointError(f"{path} is {kind}. Expected one of {_SUPPORTED}.")
+    raise CheckpointError(f"{path} is {name_kind(start)}. Expected one of {_SUPPORTED}.")
 
 
 def _read_state_dict(path: Path) -> ForeignCheckpoint:
@@ -109,13 +96,13 @@ def _read_state_dict(path: Path) -> ForeignCheckpoint:
 
 
 def _may_be_model(start: bytes) -> bool:
-    return start.startswith((ZIP_START, LEGACY_START)) or is_llm_c(start, only_models=True)
+    return is_torch_file(start) or is_llm_c(start, only_models=True)
 
 
 def _start(path: Path) -> bytes:
     try:
         with path.open("rb") as stream:
-            return stream.read(_START_BYTES)
+            return stream.read(START_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,31 @@ import torch
 
 from weights.layout import CheckpointError
 
-ZIP_START = b"PK\x03\x04"
+START_BYTES = 32  # enough to tell every kind of file
+_ZIP_START = b"PK\x03\x04"
 # Before 1.6: several pickles, the first of which is this number.
-LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+_LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+
+_OTHER_STARTS = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file: fetch it with git lfs pull",
+    b"\x80": "a pickle, and not one of torch.save's; it was not executed",
+    b"GGUF": "a GGUF file",
+    b"lmgg": "a GGML file",
+    b"\x89HDF": "an HDF5 file, as TensorFlow writes it",
+}
+
+
+def is_torch_file(start: bytes) -> bool:
+    """Whether a file that begins so was written by torch.save."""
+    return start.startswith((_ZIP_START, _LEGACY_START))
+
+
+def name_kind(start: bytes) -> str:
+    """What a file is that is not supported, as far as its first bytes tell."""
+    for magic, kind in _OTHER_STARTS.items():
+        if start.startswith(magic):
+            return kind
+    return f"of no known kind; its first bytes are {start[:8].hex(' ') or 'missing'}"
 
 
 def read_torch_file(path: Path) -> Any:
@@ -22,12 +45,18 @@ def read_torch_file(path: Path) -> Any:
     values; nothing it names is imported or run.
     """
     with path.open("rb") as stream:
-        is_zip = stream.read(len(ZIP_START)) == ZIP_START
+        start = stream.read(START_BYTES)
+    if not is_torch_file(start):
+        raise CheckpointError(f"{path} is {name_kind(start)}. Expected a file of torch.save.")
+    is_zip = start.startswith(_ZIP_START)
     if is_zip:
         _check_archive(path)
     try:
-        # Files of torch before 1.6 are no archives and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            # That a newer pickle protocol may have what torch does not read: then it says so.
+            warnings.simplefilter("ignore", UserWarning)
+            # Files of torch before 1.6 are no archives and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is more than tensors and plain values: {_reason(error)}. It was not executed. "
