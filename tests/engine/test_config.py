@@ -1,0 +1,32 @@
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from engine.config import EngineConfig
+
+
+def test_the_defaults_are_possible() -> None:
+    EngineConfig()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"max_num_sequences": 0}, "max_num_sequences must be at least 1, got 0"),
+        ({"num_blocks": 1}, "num_blocks must be at least 2 .* or absent .* got 1"),
+        (
+            {"max_num_sequences": 8, "max_num_scheduled_tokens": 7},
+            r"max_num_scheduled_tokens must be at least max_num_sequences \(8\).* got 7: raise it",
+        ),
+    ],
+)
+def test_an_impossible_value_is_named_with_its_remedy(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**values)
+
+
+def test_a_config_does_not_change() -> None:
+    with pytest.raises(FrozenInstanceError):
+        EngineConfig().block_size = 8  # type: ignore[misc]
