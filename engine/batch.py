@@ -1,0 +1,96 @@
+"""One step's rows as tensors: the flat, ragged batch that decode rows and prompt chunks share."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.block_manager import BlockManager
+from engine.scheduler import ScheduledBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInput:
+    """The rows of one step, N of them; those of a sequence lie together, in order of position."""
+
+    tokens: Tensor  # (N,) int64
+    positions: Tensor  # (N,) int64
+    row_sequences: Tensor  # (N,) int64: which row of block_tables is the row's own
+    block_tables: Tensor  # (S, blocks) int32, padded with block 0
+    slot_blocks: Tensor  # (N,) int64: the block that the row's keys and values go to
+    slot_offsets: Tensor  # (N,) int64: and the place in it
+
+
+class BatchBuilder:
+    """Turns scheduled batches into tensors, keeping block tables from step to step.
+
+    A decode step changes at most a block or two of all the tables, so they live in one array in
+    which every running sequence has a row, and only what is new is copied.
+    """
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        max_num_sequences: int,
+        n_ctx: int,
+        device: torch.device,
+    ) -> None:
+        self._block_manager = block_manager
+        self._device = device
+        max_blocks = -(-n_ctx // block_manager.block_size)
+        self._tables = np.zeros((max_num_sequences, max_blocks), np.int32)
+        self._rows: dict[int, int] = {}  # row in the tables by sequence
+        self._free_rows = list(range(max_num_sequences - 1, -1, -1))
+        self._lengths = [0] * max_num_sequences  # blocks copied, by row
+
+    def build(self, batch: ScheduledBatch) -> ModelInput:
+        """Make the tensors of one step; called once for every batch that has rows, in order."""
+        for seq_id in batch.released_seq_ids:
+            # Absent if the sequence came and went in a step that failed before it was built.
+            row = self._rows.pop(seq_id, None)
+            if row is not None:
+                self._free_rows.append(row)
+        rows: list[int] = []
+        tokens: list[int] = []
+        starts: list[int] = []
+        for sequence, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
+            start = sequence.num_computed_tokens
+            rows.append(self._update_table(sequence.seq_id))
+            starts.append(start)
+            if count == 1:
+                tokens.append(sequence.token_ids[start])
+            else:
+                tokens += sequence.token_ids[start : start + count]
+        counts = np.array(batch.num_scheduled_tokens)
+        firsts = np.cumsum(counts) - counts
+        positions = np.repeat(np.array(starts) - firsts, counts) + np.arange(len(tokens))
+        row_sequences = np.repeat(np.array(rows), counts)
+        block_size = self._block_manager.block_size
+        places = positions // block_size
+        return ModelInput(
+            tokens=self._tensor(np.array(tokens)),
+            positions=self._tensor(positions),
+            row_sequences=self._tensor(row_sequences),
+            block_tables=self._tensor(self._tables),
+            slot_blocks=self._tensor(self._tables[row_sequences, places].astype(np.int64)),
+            slot_offsets=self._tensor(positions - places * block_size),
+        )
+
+    def _update_table(self, seq_id: int) -> int:
+        """Bring a sequence's row of the tables up to date, and return which it is."""
+        table = self._block_manager.block_table(seq_id)
+        row = self._rows.get(seq_id)
+        if row is None:
+            row = self._rows[seq_id] = self._free_rows.pop()
+            self._lengths[row] = 0
+            self._tables[row] = 0  # nothing may point into what is now another's
+        length = self._lengths[row]
+        if length != len(table):
+            self._tables[row, length : len(table)] = table[length:]
+            self._lengths[row] = len(table)
+        return row
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)

@@ -1,0 +1,44 @@
+"""Where keys and values are stored, in blocks; who owns which block is `BlockManager`'s to say."""
+
+import torch
+from torch import Tensor
+
+from model.config import GPTConfig
+
+
+class KVCache:
+    """Keys and values of all layers: two tensors (n_layer, num_blocks, H, block_size, D).
+
+    A head's tokens of one block lie next to each other, so that attention reads them in one run.
+    Block 0 is nobody's: padding may be written there.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        shape = (config.n_layer, num_blocks, config.n_head, block_size, config.head_size)
+        # Zeroed pages that nobody has written take no memory on Linux: the cache grows with use.
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.block_size = block_size
+
+    def write(self, layer: int, blocks: Tensor, offsets: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k and v (N, H, D) at `offsets` (N,) in `blocks` (N,) of one layer."""
+        self.k[layer][blocks, :, offsets] = k
+        self.v[layer][blocks, :, offsets] = v
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zero blocks that may hold NaN, which even a weight of zero would not silence."""
+        self.k[:, blocks] = 0
+        self.v[:, blocks] = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes when every block is in use."""
+        return self.k.nbytes + self.v.nbytes

@@ -1,0 +1,111 @@
+"""Matrix products as the engine runs them: weights packed once at load, where that pays.
+
+On a CPU, oneDNN reads weights fastest in a layout of its own choosing, and `F.linear` would
+rearrange them for every product. A packed product also gives a row the same bytes however many
+rows come with it, which `F.linear` does not (`tests/engine/test_linear.py` looks at every count).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import Activation
+from model.gpt import ACTIVATIONS, GPT, Block
+
+# oneDNN's names of our activations: (attribute, algorithm).
+_FUSED: dict[Activation | None, tuple[str, str]] = {
+    None: ("none", ""),
+    "gelu_new": ("gelu", "tanh"),
+    "gelu": ("gelu", "none"),
+    "relu": ("relu", ""),
+}
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this machine has packed products for a dtype."""
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if device.type != "cpu" or not has_onednn:
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+class PackedLinear(nn.Module):
+    """y = activation(x W^T + b) by oneDNN with W packed; float32 or bfloat16, see `can_pack`."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, activation: Activation | None = None
+    ) -> None:
+        """Pack weight (out, in); the caller may drop its own copy."""
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.bias = None if bias is None else bias.detach()
+        self._attribute, self._algorithm = _FUSED[activation]
+        self._pads_lone_rows = weight.dtype == torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (N, in) to (N, out)."""
+        # One row alone goes another way through oneDNN in float32, and ends in other last bits.
+        is_padded = self._pads_lone_rows and len(x) == 1
+        if is_padded:
+            x = x.expand(2, -1).contiguous()
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.weight, self.bias, self._attribute, [], self._algorithm
+        )
+        return y[:1] if is_padded else y
+
+
+class PackedMLP(nn.Module):
+    """The MLP of a block in two packed products, the activation fused into the first."""
+
+    def __init__(self, c_fc: nn.Linear, c_proj: nn.Linear, activation: Activation) -> None:
+        super().__init__()
+        self.c_fc = PackedLinear(c_fc.weight, c_fc.bias, activation)
+        self.c_proj = PackedLinear(c_proj.weight, c_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (N, C) to (N, C)."""
+        y: Tensor = self.c_proj(self.c_fc(x))
+        return y
+
+
+class Head(nn.Module):
+    """The tied output head: hidden states to float32 logits, in any dtype of the model."""
+
+    def __init__(self, weight: Tensor, vocab_size: int) -> None:
+        """Take the embedding's rows below `vocab_size`; those above are padding."""
+        super().__init__()
+        # float32 also in a bfloat16 model: its products would come out in steps of half a unit.
+        weight = weight.detach()[:vocab_size].float()
+        if can_pack(weight.device, torch.float32):
+            self._packed: PackedLinear | None = PackedLinear(weight, None)
+            self._weight: Tensor | None = None
+        else:
+            self._packed, self._weight = None, weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map hidden (R, C) to logits (R, vocab_size) in float32."""
+        hidden = hidden.float()
+        if self._packed is not None:
+            logits: Tensor = self._packed(hidden)
+            return logits
+        assert self._weight is not None
+        return F.linear(hidden, self._weight)
+
+
+def pack(model: GPT) -> None:
+    """Replace a GPT's projections by packed ones, in place, where this machine has them."""
+    weight = model.wte.weight
+    if not can_pack(weight.device, weight.dtype):
+        return
+    for block in model.h:
+        assert isinstance(block, Block)
+        for name in ("c_attn", "c_proj"):
+            linear = getattr(block.attn, name)
+            setattr(block.attn, name, PackedLinear(linear.weight, linear.bias))
+        packed = PackedMLP(block.mlp.c_fc, block.mlp.c_proj, model.config.activation)
+        setattr(block, "mlp", packed)  # noqa: B010  its declared type is the plain one
+
+
+assert set(_FUSED) - {None} == set(ACTIVATIONS), "every activation has its fused form"

@@ -1,0 +1,180 @@
+"""The CPU kernels against the plain reference, and both against attention without a cache."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.attention import PagedAttention
+from engine.attention_cpu import CPUPagedAttention
+from engine.batch import ModelInput
+from engine.kv_cache import KVCache
+from model.attention import CausalAttention
+from model.config import GPTConfig
+
+# float32: a few roundings of the sum; bfloat16: the output itself is rounded, to 2^-8 of its size.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def make_config(*, n_head: int = 3, head_size: int = 8, n_ctx: int = 64) -> GPTConfig:
+    return GPTConfig(
+        n_layer=2,
+        n_head=n_head,
+        n_embd=n_head * head_size,
+        n_ctx=n_ctx,
+        vocab_size=11,
+        scale_attn_by_inverse_layer_idx=True,
+    )
+
+
+def make_cache(config: GPTConfig, *, dtype: torch.dtype, block_size: int = 4) -> KVCache:
+    num_blocks = 1 + 4 * -(-config.n_ctx // block_size)
+    cache = KVCache(config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device="cpu")
+    # What is not yet written must not matter, as long as it is finite.
+    cache.k.copy_(torch.randn(cache.k.shape))
+    cache.v.copy_(torch.randn(cache.v.shape))
+    return cache
+
+
+def make_input(cache: KVCache, spans: list[tuple[int, int]], *, n_ctx: int) -> ModelInput:
+    """Rows for sequence s at positions spans[s]; tables are shuffled blocks."""
+    size = cache.block_size
+    blocks_each = -(-n_ctx // size)
+    order = torch.randperm(len(spans) * blocks_each) + 1
+    tables = order.view(len(spans), blocks_each).int()
+    positions = torch.cat([torch.arange(first, end) for first, end in spans])
+    counts = torch.tensor([end - first for first, end in spans])
+    rows = torch.repeat_interleave(torch.arange(len(spans)), counts)
+    return ModelInput(
+        tokens=torch.zeros_like(positions),
+        positions=positions,
+        row_sequences=rows,
+        block_tables=tables,
+        slot_blocks=tables[rows, positions // size].long(),
+        slot_offsets=positions % size,
+    )
+
+
+def qkv(config: GPTConfig, num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (3, num_rows, config.n_head, config.head_size)
+    q, k, v = torch.randn(shape).to(dtype).unbind()
+    return q, k, v
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=40, deadline=None)
+@given(
+    n_head=st.integers(1, 4),
+    head_size=st.sampled_from([1, 5, 8, 16, 64]),
+    block_size=st.sampled_from([1, 3, 4, 16]),
+    spans=st.lists(
+        st.tuples(st.integers(0, 30), st.integers(1, 20)).map(lambda x: (x[0], x[0] + x[1])),
+        min_size=1,
+        max_size=4,
+    ),
+    seed=st.integers(0, 2**31),
+)
+def test_cpu_kernel_equals_the_reference(
+    dtype: torch.dtype,
+    n_head: int,
+    head_size: int,
+    block_size: int,
+    spans: list[tuple[int, int]],
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    config = make_config(n_head=n_head, head_size=head_size)
+    cache = make_cache(config, dtype=dtype, block_size=block_size)
+    twin = make_cache(config, dtype=dtype, block_size=block_size)
+    twin.k.copy_(cache.k)
+    twin.v.copy_(cache.v)
+    batch = make_input(cache, spans, n_ctx=config.n_ctx)
+    kernel = CPUPagedAttention(config, cache, batch)
+    reference = PagedAttention(config, twin, batch)
+
+    for layer in range(config.n_layer):
+        q, k, v = qkv(config, len(batch.positions), dtype)
+        ours, theirs = kernel(layer, q, k, v), reference(layer, q, k, v)
+
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert torch.equal(cache.k, twin.k)
+    assert torch.equal(cache.v, twin.v)
+
+
+@pytest.mark.parametrize("attention", [PagedAttention, CPUPagedAttention])
+def test_paged_attention_over_a_whole_sequence_equals_causal_attention(
+    attention: type[PagedAttention] | type[CPUPagedAttention],
+) -> None:
+    config = make_config()
+    cache = make_cache(config, dtype=torch.float32)
+    batch = make_input(cache, [(0, 40)], n_ctx=config.n_ctx)
+    q, k, v = qkv(config, 40, torch.float32)
+
+    y = attention(config, cache, batch)(1, q, k, v)
+
+    expected = CausalAttention(config)(1, q, k, v)
+    torch.testing.assert_close(y, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bytes_whatever_rows_come_with_it(dtype: torch.dtype) -> None:
+    config = make_config(n_head=2, head_size=64)
+    cache = make_cache(config, dtype=dtype)
+    batch = make_input(cache, [(0, 50), (20, 33)], n_ctx=config.n_ctx)
+    q, k, v = qkv(config, 63, dtype)
+    together = CPUPagedAttention(config, cache, batch)(0, q, k, v)
+
+    for row in range(63):
+        alone = ModelInput(
+            tokens=batch.tokens[row : row + 1],
+            positions=batch.positions[row : row + 1],
+            row_sequences=batch.row_sequences[row : row + 1],
+            block_tables=batch.block_tables,
+            slot_blocks=batch.slot_blocks[row : row + 1],
+            slot_offsets=batch.slot_offsets[row : row + 1],
+        )
+        one = slice(row, row + 1)
+        y = CPUPagedAttention(config, cache, alone)(0, q[one], k[one], v[one])
+
+        assert torch.equal(y[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_key_breaks_the_rows_that_see_it_and_no_others(
+    dtype: torch.dtype, broken: float
+) -> None:
+    config = make_config()
+    cache = make_cache(config, dtype=dtype)
+    batch = make_input(cache, [(0, 10), (0, 10)], n_ctx=config.n_ctx)
+    q, k, v = qkv(config, 20, dtype)
+    healthy = CPUPagedAttention(config, cache, batch)(0, q, k, v)
+    k[4] = broken
+
+    y = CPUPagedAttention(config, cache, batch)(0, q, k, v)
+
+    assert torch.equal(y[:4], healthy[:4])
+    assert not torch.isfinite(y[4:10]).any()
+    assert torch.equal(y[10:], healthy[10:])
+
+
+def test_reference_reads_nothing_back_to_the_host() -> None:
+    config = make_config()
+    with torch.device("meta"):
+        cache = KVCache(config, num_blocks=9, block_size=4, dtype=torch.float32, device="meta")
+        batch = ModelInput(
+            tokens=torch.zeros(5, dtype=torch.long),
+            positions=torch.zeros(5, dtype=torch.long),
+            row_sequences=torch.zeros(5, dtype=torch.long),
+            block_tables=torch.zeros(2, 4, dtype=torch.int32),
+            slot_blocks=torch.zeros(5, dtype=torch.long),
+            slot_offsets=torch.zeros(5, dtype=torch.long),
+        )
+        q, k, v = qkv(config, 5, torch.float32)
+
+        y = PagedAttention(config, cache, batch)(0, q, k, v)
+
+    assert y.shape == (5, config.n_head, config.head_size)
