@@ -127,10 +127,12 @@ def _download(
             f"cannot be reached ({_reason(error)}). Try again when it can, or name a local "
             "directory."
         ) from error
-    except errors.HfHubHTTPError as error:
-        raise HubError(f"{hub} did not give {model}: {_first_line(error)}.") from error
-    except OSError as error:
-        raise HubError(f"{model} cannot be downloaded: {_first_line(error)}.") from error
+    # The base class of everything HTTP is httpx's or its successor's, by huggingface_hub's version.
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+        raise HubError(
+            f"{model} cannot be downloaded: {_first_line(error)}. What has arrived is kept; try "
+            "again."
+        ) from error
     except ValueError as error:
         raise HubError(
             f"{hub} gave an answer about {model} that is not a hub's ({_first_line(error)}). Is "
