@@ -1,5 +1,6 @@
 """Decoding without a cache: slow, obvious, the oracle of everything faster."""
 
+import math
 from collections.abc import Callable, Container, Iterator, Sequence
 
 import torch
@@ -17,14 +18,21 @@ def greedy(logits: Tensor) -> int:
 
 
 def sample(temperature: float, *, seed: int, top_k: int = 0) -> Choose:
-    """Make a choice at random, from the `top_k` most probable tokens if that is not 0."""
+    """Make a choice at random, from the `top_k` most probable tokens if that is not 0.
+
+    A temperature of 0 is greedy. Raises ValueError for one that is negative or not a number.
+    """
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
     if temperature == 0:
         return greedy
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits: Tensor) -> int:
         values, ids = logits.topk(min(top_k or len(logits), len(logits)))
-        probabilities = torch.softmax(values.cpu() / temperature, dim=-1)
+        # From the maximum down and in float64: a tiny temperature must not make inf - inf.
+        scaled = (values - values[0]).cpu().double() / temperature
+        probabilities = torch.softmax(scaled, dim=-1)
         return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
     return choose

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -19,8 +22,15 @@ from model.vocabulary import (
 
 CHARACTERS_FILE = "characters.json"
 
-# How GPT-2 splits text before merging, in the possessive form that cannot backtrack for long.
+# How GPT-2 splits text before merging, in the possessive form that seldom backtracks.
 _GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# Where it does, tiktoken panics after a million steps. The last character of a run of white space
+# is split from the rest anyhow, so cutting the text there changes nothing.
+_MANY = 100_000
+_LONG_BLANK = re.compile(
+    rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{_MANY},}}"
+)
 
 
 class Tokenizer(Protocol):
@@ -59,7 +69,10 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one id stands for; they need not be whole UTF-8. Raises TokenizerError."""
+        """The bytes one id stands for; they need not be whole UTF-8. Raises TokenizerError.
+
+        No bytes for an id below `vocab_size` that the vocabulary skips: a model can sample it.
+        """
         ...
 
     def decode(self, token_ids: Iterable[int]) -> str:
@@ -87,15 +100,14 @@ class BytePairTokenizer:
         for text, token_id in [*vocabulary.special.items(), *vocabulary.added.items()]:
             self._bytes[token_id] = text.encode()
         # tiktoken panics on a byte without a rank: give the missing ones ids out of range.
-        self._missing = [b for b in range(256) if bytes([b]) not in ranks]
+        self._missing = frozenset(b for b in range(256) if bytes([b]) not in ranks)
         ranks |= {bytes([b]): self.vocab_size + b for b in self._missing}
-        self._added = frozenset(vocabulary.added)
         self._encoding = tiktoken.Encoding(
-            "kvik",
-            pat_str=_GPT2_SPLIT,
-            mergeable_ranks=ranks,
-            special_tokens=dict(vocabulary.added),
+            "kvik", pat_str=_GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={}
         )
+        # The longest first: of two that begin alike, tiktoken would find either.
+        names = sorted(vocabulary.added, key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, names))) if names else None
         digest = hashlib.sha256()
         for token_id, piece in enumerate(self._bytes):
             digest.update(b"%d:%d:" % (token_id, -1 if piece is None else len(piece)))
@@ -114,26 +126,33 @@ class BytePairTokenizer:
     def encode(self, text: str) -> list[int]:
         """See Tokenizer.encode."""
         _check_unicode(text)
-        if self._added:
-            ids = self._encoding.encode(text, allowed_special=self._added, disallowed_special=())
-        else:
-            ids = self._encoding.encode_ordinary(text)
+        ids: list[int] = []
+        start = 0
+        for match in self._added.finditer(text) if self._added else ():
+            ids += self._encode_ordinary(text, start, match.start())
+            ids.append(self._vocabulary.added[match[0]])
+            start = match.end()
+        return ids + self._encode_ordinary(text, start, len(text))
+
+    def _encode_ordinary(self, text: str, start: int, end: int) -> list[int]:
+        """Encode a part of a text that no added token lies in."""
+        cuts = [start, end]
+        if end - start > _MANY:
+            blanks = _LONG_BLANK.finditer(text, start, end)
+            cuts[1:1] = [blank.end() - 1 for blank in blanks if blank.end() < end]
+        ids: list[int] = []
+        for left, right in pairwise(cuts):
+            ids += self._encoding.encode_ordinary(text[left:right])
         if self._missing and any(token_id >= self.vocab_size for token_id in ids):
-            missing = {bytes([b]) for b in self._missing}
-            place, character = next(
-                (place, character)
-                for place, character in enumerate(text)
-                if any(bytes([b]) in missing for b in character.encode())
-            )
-            raise _unknown_character(character, place, self.vocab_size, "tokens")
+            place = next(i for i in range(start, end) if self._missing & {*text[i].encode()})
+            raise _unknown_character(text[place], place, self.vocab_size, "tokens")
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """See Tokenizer.token_bytes."""
-        token = self._bytes[token_id] if 0 <= token_id < self.vocab_size else None
-        if token is None:
+        if not 0 <= token_id < self.vocab_size:
             raise _unknown_id(token_id, self.vocab_size)
-        return token
+        return self._bytes[token_id] or b""
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """See Tokenizer.decode."""
@@ -202,7 +221,7 @@ class CharacterTokenizer:
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """Read the tokenizer that lies in a checkpoint directory; raises TokenizerError."""
-    if not (directory / CHARACTERS_FILE).exists():
+    if not os.path.lexists(directory / CHARACTERS_FILE):
         return BytePairTokenizer(read_vocabulary(directory))
     ids = read_json(directory / CHARACTERS_FILE)
     if sorted(ids.values(), key=str) != sorted(range(len(ids)), key=str):

@@ -5,17 +5,23 @@ Reads files and checks them; knows nothing of how text is encoded.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from model.files import FileError, read_object, read_text, shown
 
 END_OF_TEXT = "<|endoftext|>"
 
 # Of the merges of OpenAI's GPT-2, joined by newlines: known good, so the check below is skipped.
 _GPT2_MERGES_SHA256 = "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0"
 _MERGES_FILES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
+_SETTINGS_FILE = "tokenizer_config.json"
 _MAX_FILE_BYTES = 64 * 2**20
+_MAX_IDS = 2**20  # four times the largest vocabulary in use; tables are as long as the largest id
+_MAX_TOKEN_BYTES = 1024  # GPT-2's longest has 128; checking the merges is quadratic in it
 
 
 class TokenizerError(Exception):
@@ -48,32 +54,48 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         ids = [*self.tokens.values(), *self.special.values(), *self.added.values()]
+        if not ids:
+            raise TokenizerError("The vocabulary is empty.")
         if any(type(i) is not int or i < 0 for i in ids):
             raise TokenizerError("The vocabulary has an id that is not a whole number from 0 on.")
+        if any(i >= _MAX_IDS for i in ids):
+            raise TokenizerError(
+                f"The vocabulary has the id {shown(max(ids))}; ids beyond {_MAX_IDS - 1} are not "
+                "supported."
+            )
         if len(set(ids)) != len(ids):
             raise TokenizerError("The vocabulary gives one id to two tokens.")
+        for text in (*self.special, *self.added):
+            if not isinstance(text, str) or not text or not _is_unicode(text):
+                raise TokenizerError(f"The added token {shown(text)} is not text.")
         alphabet = byte_alphabet()
         last = -1
         for left, right in self.merges:
             merged = self.tokens.get(left + right)
             if merged is None or left not in self.tokens or right not in self.tokens:
                 raise TokenizerError(
-                    f"The merge {left!r} {right!r} needs a token that is not in the vocabulary."
+                    f"The merge {shown(left)} {shown(right)} needs a token that is not in the "
+                    "vocabulary."
                 )
             if merged <= last:
                 raise TokenizerError(
-                    f"The merge {left!r} {right!r} makes id {merged} after id {last}: merges must "
-                    "be listed in the order of the ids they make."
+                    f"The merge {shown(left)} {shown(right)} makes id {merged} after id {last}: "
+                    "merges must be listed in the order of the ids they make."
                 )
             last = merged
         reachable = {left + right for left, right in self.merges}
         for token in self.tokens:
             if token not in reachable and token not in alphabet:
-                raise TokenizerError(f"No merge makes the token {token!r} of the vocabulary.")
+                raise TokenizerError(f"No merge makes the token {shown(token)} of the vocabulary.")
             if not all(character in alphabet for character in token):
                 raise TokenizerError(
-                    f"The token {token!r} is not written in GPT-2's byte alphabet: this is not a "
-                    "byte-level BPE."
+                    f"The token {shown(token)} is not written in GPT-2's byte alphabet: this is "
+                    "not a byte-level BPE."
+                )
+            if len(token) > _MAX_TOKEN_BYTES:
+                raise TokenizerError(
+                    f"The token {shown(token)} has {len(token)} bytes; at most {_MAX_TOKEN_BYTES} "
+                    "are supported."
                 )
 
     @property
@@ -103,8 +125,9 @@ class Vocabulary:
             parts = self._merge(left + right)
             if parts != [left, right]:
                 raise TokenizerError(
-                    f"The vocabulary is ambiguous: the token {left + right!r} is listed as "
-                    f"{left!r} + {right!r}, and its bytes merge as {' + '.join(map(repr, parts))}."
+                    f"The vocabulary is ambiguous: the token {shown(left + right)} is listed as "
+                    f"{shown(left)} + {shown(right)}, and its bytes merge as "
+                    f"{' + '.join(map(shown, parts))}."
                 )
 
     def _merge(self, token: str) -> list[str]:
@@ -132,10 +155,10 @@ def read_vocabulary(directory: Path) -> Vocabulary:
         ("encoder.json", _read_pair),
     ):
         path = directory / name
-        if path.exists():
+        if os.path.lexists(path):
             try:
                 return read(path)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
                 raise TokenizerError(f"{path} is not built as expected: {error!r}.") from error
     raise TokenizerError(
         f"{directory} holds no tokenizer: expected vocab.json and merges.txt, encoder.json and "
@@ -166,10 +189,10 @@ def write_vocabulary(vocabulary: Vocabulary, directory: Path, *, end_of_text: st
         "tokenizer_class": "GPT2Tokenizer",
         "add_prefix_space": False,
         "added_tokens_decoder": decoder,
+        # Spelled out even where there is none: transformers would add <|endoftext|> as a new id.
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text),
     }
-    if end_of_text is not None:
-        settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text)
-    (directory / "tokenizer_config.json").write_text(
+    (directory / _SETTINGS_FILE).write_text(
         json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
     )
 
@@ -177,86 +200,102 @@ def write_vocabulary(vocabulary: Vocabulary, directory: Path, *, end_of_text: st
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raises TokenizerError, naming the file."""
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise TokenizerError(f"{path} is larger than any vocabulary ({_MAX_FILE_BYTES} bytes).")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} must hold a JSON object, found {type(value).__name__}.")
-    return value
+        return read_object(path, max_bytes=_MAX_FILE_BYTES)
+    except FileError as error:
+        raise TokenizerError(str(error)) from error
+
+
+def _read_settings(directory: Path, *refused: str) -> dict[str, Any]:
+    """Read `tokenizer_config.json`, if it is there, and refuse the options that change the ids."""
+    path = directory / _SETTINGS_FILE
+    settings = read_json(path) if os.path.lexists(path) else {}
+    for option in refused:
+        if settings.get(option):
+            raise TokenizerError(f"{path} asks for {option}, which is not supported.")
+    return settings
 
 
 def _read_pair(path: Path) -> Vocabulary:
     directory = path.parent
+    settings = _read_settings(directory, "add_prefix_space", "add_bos_token", "add_eos_token")
     listed = read_json(path)
     merges = _read_merges(directory / _MERGES_FILES[path.name])
-    # What neither is a byte nor comes from a merge was added by name, as <|endoftext|> was.
-    alphabet, reachable = byte_alphabet(), {left + right for left, right in merges}
-    tokens = {t: i for t, i in listed.items() if t in reachable or t in alphabet}
-    special = {t: i for t, i in listed.items() if t not in tokens}
-    added: dict[str, int] = {}
-    if (directory / "added_tokens.json").exists():
-        special |= read_json(directory / "added_tokens.json")
-    if (directory / "tokenizer_config.json").exists():
-        settings = read_json(directory / "tokenizer_config.json")
-        if settings.get("add_prefix_space"):
-            raise TokenizerError(
-                f"{directory / 'tokenizer_config.json'} asks for add_prefix_space, which is not "
-                "supported."
-            )
-        entries = settings.get("added_tokens_decoder") or {}
-        new_special, added = _sort_added(
-            directory / "tokenizer_config.json",
-            ({"id": int(i), **entry} for i, entry in entries.items()),
-        )
-        special = {t: i for t, i in special.items() if t not in added} | new_special
-    return _build(path, tokens, merges, special, added)
+    entries = settings.get("added_tokens_decoder") or {}
+    special, added = _sort_added(
+        directory / _SETTINGS_FILE, ({"id": int(i), **entry} for i, entry in entries.items())
+    )
+    # Before transformers 4.34, names and ids lay here, and elsewhere which of them are special.
+    if os.path.lexists(directory / "added_tokens.json"):
+        names = _special_names(directory, settings)
+        for text, token_id in read_json(directory / "added_tokens.json").items():
+            if text not in special and text not in added:
+                (special if text in names else added)[text] = token_id
+    return _build(path, listed, merges, special, added)
+
+
+def _special_names(directory: Path, settings: Mapping[str, Any]) -> set[str]:
+    """The tokens that an older checkpoint names as special: <|endoftext|>, padding and the like."""
+    file = directory / "special_tokens_map.json"
+    names = {END_OF_TEXT}
+    for source in (settings, read_json(file) if os.path.lexists(file) else {}):
+        for field_name, value in source.items():
+            if field_name.endswith("_token") or field_name == "additional_special_tokens":
+                for token in value if isinstance(value, list) else [value]:
+                    text = token.get("content") if isinstance(token, dict) else token
+                    if isinstance(text, str):
+                        names.add(text)
+    return names
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise TokenizerError(f"{path} is not UTF-8 text.") from error
+        lines = read_text(path, max_bytes=_MAX_FILE_BYTES).split("\n")
+    except FileError as error:
+        raise TokenizerError(str(error)) from error
     merges: list[tuple[str, str]] = []
     for number, line in enumerate(lines, start=1):
+        line = line.removesuffix("\r")
         # Only the first line can be a comment: "#" is also a token that takes part in merges.
         if not line or (number == 1 and line.startswith("#version")):
             continue
-        parts = line.split(" ")
-        if len(parts) != 2 or not all(parts):
-            raise TokenizerError(f"{path}, line {number}: expected two tokens, found {line!r}.")
-        merges.append((parts[0], parts[1]))
+        match line.split(" "):
+            case [left, right] if left and right:
+                merges.append((left, right))
+            case _:
+                raise TokenizerError(
+                    f"{path}, line {number}: expected two tokens, found {shown(line)}."
+                )
     return merges
 
 
 def _read_tokenizer_json(path: Path) -> Vocabulary:
+    # transformers lets this option overrule what tokenizer.json says.
+    _read_settings(path.parent, "add_prefix_space")
     document = read_json(path)
     model = document.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         raise TokenizerError(f"{path} has no vocabulary under model.vocab.")
     kind = model.get("type", "BPE" if "merges" in model else "unknown")
     if kind != "BPE":
-        raise TokenizerError(f"{path} is a {kind} tokenizer; only byte-level BPE is supported.")
+        raise TokenizerError(
+            f"{path} is a {shown(kind)} tokenizer; only byte-level BPE is supported."
+        )
     for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
                    "byte_fallback", "ignore_merges"):  # fmt: skip
         if model.get(option):
             raise TokenizerError(
-                f"{path} sets model.{option} to {model[option]!r}, which is not supported."
+                f"{path} sets model.{option} to {shown(model[option])}, which is not supported."
             )
     if document.get("normalizer") is not None:
         raise TokenizerError(
-            f"{path} has a {document['normalizer'].get('type')} normalizer, which is not supported."
+            f"{path} has a {shown(document['normalizer'].get('type'))} normalizer, which is not "
+            "supported."
         )
     split = document.get("pre_tokenizer") or {}
     if split.get("type") != "ByteLevel" or not split.get("use_regex", True):
         raise TokenizerError(
-            f"{path} splits text by {split.get('type')}; only GPT-2's ByteLevel is supported."
+            f"{path} splits text by {shown(split.get('type'))}; only GPT-2's ByteLevel is "
+            "supported."
         )
     if split.get("add_prefix_space"):
         raise TokenizerError(f"{path} asks for add_prefix_space, which is not supported.")
@@ -264,18 +303,14 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
     template = [part for part in after.get("single", ()) if "Sequence" not in part]
     if after.get("type") not in ("ByteLevel", "TemplateProcessing") or template:
         raise TokenizerError(
-            f"{path} adds tokens by a {after.get('type')} post-processor, which is not supported."
+            f"{path} adds tokens by a {shown(after.get('type'))} post-processor, which is not "
+            "supported."
         )
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     if any(len(merge) != 2 for merge in merges):
         raise TokenizerError(f"{path} has a merge that is not a pair of tokens.")
     special, added = _sort_added(path, document.get("added_tokens") or [])
-    named = special.keys() | added.keys()
-    tokens = {token: i for token, i in model["vocab"].items() if token not in named}
-    alphabet, reachable = byte_alphabet(), {left + right for left, right in merges}
-    special |= {t: i for t, i in tokens.items() if t not in reachable and t not in alphabet}
-    tokens = {token: i for token, i in tokens.items() if token not in special}
-    return _build(path, tokens, merges, special, added)
+    return _build(path, model["vocab"], merges, special, added)
 
 
 def _sort_added(
@@ -293,7 +328,7 @@ def _sort_added(
         for option in ("lstrip", "rstrip", "single_word"):
             if entry.get(option):
                 raise TokenizerError(
-                    f"{path} adds the token {text!r} with {option}, which is not supported."
+                    f"{path} adds the token {shown(text)} with {option}, which is not supported."
                 )
         added[text] = entry["id"]
     return special, added
@@ -301,14 +336,35 @@ def _sort_added(
 
 def _build(
     path: Path,
-    tokens: dict[str, int],
+    listed: Mapping[str, int],
     merges: list[Any],
-    special: dict[str, int],
-    added: dict[str, int],
+    special: Mapping[str, int],
+    added: Mapping[str, int],
 ) -> Vocabulary:
+    """Sort the tokens that a file lists from those that were added to it, and check them all."""
+    alphabet, reachable = byte_alphabet(), {left + right for left, right in merges}
+    tokens = {t: i for t, i in listed.items() if t in reachable or t in alphabet}
     try:
+        for text, token_id in [*special.items(), *added.items()]:
+            if listed.get(text, token_id) != token_id or (text in tokens and text in added):
+                raise TokenizerError(
+                    f"The token {shown(text)} is added as {shown(token_id)} and listed as "
+                    f"{shown(listed[text])} too."
+                )
+        # What neither is a byte nor comes from a merge was added by name, as <|endoftext|> was.
+        # What is a byte or comes from a merge is what text spells, whatever else it is named for.
+        special = {
+            text: token_id
+            for text, token_id in {**listed, **special}.items()
+            if text not in tokens and text not in added
+        }
         vocabulary = Vocabulary(tokens=tokens, merges=merges, special=special, added=added)
         vocabulary.check_merges()
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from error
     return vocabulary
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can write it: JSON can carry half of a surrogate pair, UTF-8 cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
