@@ -73,6 +73,17 @@ class Block(nn.Module):
         return y
 
 
+def _embedding(num_rows: int, width: int) -> nn.Embedding:
+    """An embedding left as memory holds it, for `_initialize` or a checkpoint to fill.
+
+    The constructor would draw normal numbers, and on the meta device that imports torch._dynamo:
+    a second of every start, for nothing.
+    """
+    rows = torch.empty(num_rows, width)
+    embedding: nn.Embedding = nn.Embedding.from_pretrained(rows, freeze=False)  # type: ignore[no-untyped-call]
+    return embedding
+
+
 class GPT(nn.Module):
     """The model; its parameter names are the checkpoint's, so a key is an attribute path.
 
@@ -83,8 +94,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
+        self.wte = _embedding(config.vocab_size, config.n_embd)
+        self.wpe = _embedding(config.n_ctx, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
