@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -88,16 +89,20 @@ def write(
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"The tensor {name} is not finite in {dtype}; not saved.")
         tensors[f"transformer.{name}"] = tensor
-    _write_tensors(tensors, directory, max_shard_bytes)
     document = format_config(
         config,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
         bos_token_id=tokenizer.bos_token_id if tokenizer else None,
         eos_token_id=tokenizer.eos_token_id if tokenizer else None,
     )
-    (directory / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    if tokenizer is not None:
-        tokenizer.write(directory)
+    try:
+        _write_tensors(tensors, directory, max_shard_bytes)
+        text = json.dumps(document, indent=2) + "\n"
+        (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.write(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be written: {error.strerror}.") from error
 
 
 def load(
@@ -123,15 +128,17 @@ def load_layout(layout: Layout, *, device: torch.device | str, dtype: torch.dtyp
     """Load the model of a layout that has been read already; see `load`."""
     with torch.device("meta"):
         model = GPT(layout.config)
+    # Read into the same memory again and again: fresh pages cost more than what is read into them.
+    buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
     for name, tensor in layout.tensors.items():
         parameter = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
-        _copy(tensor, parameter.T if name.endswith(TRANSPOSED) else parameter)
+        _copy(tensor, parameter, buffer, is_transposed=name.endswith(TRANSPOSED))
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, nn.Parameter(parameter))
     if layout.head is not None:
         _check_equal(layout.head, layout.tensors["wte.weight"])
     for tensor in layout.zero_biases:
-        if torch.count_nonzero(torch.cat(list(_chunks(tensor)))):
+        if any(torch.count_nonzero(chunk) for chunk in _chunks(tensor, buffer)):
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.key} is not zero, and {CONFIG_FILE} says that the "
                 "model has no biases."
@@ -139,25 +146,36 @@ def load_layout(layout: Layout, *, device: torch.device | str, dtype: torch.dtyp
     return model.eval()
 
 
-def _copy(tensor: StoredTensor, target: Tensor) -> None:
-    """Fill `target`, of the stored shape, from the file."""
+def _copy(tensor: StoredTensor, parameter: Tensor, buffer: Tensor, *, is_transposed: bool) -> None:
+    """Fill a parameter from the file, through `buffer`."""
     row = 0
-    for chunk in _chunks(tensor):
-        if not torch.isfinite(chunk).all():
+    for chunk in _chunks(tensor, buffer):
+        values = chunk.to(parameter.device, parameter.dtype)
+        if not _is_finite(values):
+            if _is_finite(chunk):
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {tensor.key} has values beyond the range of "
+                    f"{_name(values.dtype)}; load it as float32."
+                )
             raise CheckpointError(f"{tensor.file}: tensor {tensor.key} holds values not finite.")
-        rows = target[row : row + len(chunk)]
-        rows.copy_(chunk)
-        row += len(chunk)
-        if target.dtype == torch.float16 and not torch.isfinite(rows).all():
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.key} has values beyond float16's range; load it as "
-                "float32 or bfloat16."
-            )
+        rows = slice(row, row + len(values))
+        if is_transposed:
+            parameter[:, rows] = values.T
+        else:
+            parameter[rows] = values
+        row = rows.stop
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or NaN: in one pass, where torch.isfinite makes temporaries."""
+    low, high = torch.aminmax(values)  # a NaN among them makes both NaN
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _check_equal(head: StoredTensor, embedding: StoredTensor) -> None:
     """Check that a stored output head is the embedding: ours is tied to it."""
-    for ours, theirs in zip(_chunks(embedding), _chunks(head), strict=False):
+    buffers = [torch.empty(_CHUNK_BYTES, dtype=torch.uint8) for _ in range(2)]
+    for ours, theirs in zip(_chunks(embedding, buffers[0]), _chunks(head, buffers[1]), strict=True):
         if not torch.equal(ours.float(), theirs.float()):
             raise CheckpointError(
                 f"{head.file}: {head.key} differs from {embedding.key}; only tied output heads are "
@@ -165,20 +183,29 @@ def _check_equal(head: StoredTensor, embedding: StoredTensor) -> None:
             )
 
 
-def _chunks(tensor: StoredTensor) -> Iterator[Tensor]:
-    """A stored tensor's rows, some MiB at a time, read into fresh memory: no map to linger."""
-    row_bytes = tensor.num_bytes // tensor.shape[0]
+def _chunks(tensor: StoredTensor, buffer: Tensor) -> Iterator[Tensor]:
+    """A stored tensor's rows, some MiB at a time, each piece overwriting the one before it.
+
+    Read, not mapped: the pages of a map count as ours, and a file cut short behind it kills.
+    """
+    num_rows, *rest = tensor.shape
+    row_bytes = tensor.num_bytes // num_rows
     # Counted in float32, so that two copies of a tensor in two dtypes come in the same pieces.
-    rows = max(1, _CHUNK_BYTES // (4 * math.prod(tensor.shape[1:])))
+    step = max(1, _CHUNK_BYTES // (4 * math.prod(rest)))
+    if row_bytes > len(buffer):
+        buffer = torch.empty(row_bytes, dtype=torch.uint8)
     with tensor.file.open("rb") as stream:
         stream.seek(tensor.offset)
-        for first in range(0, tensor.shape[0], rows):
-            count = min(rows, tensor.shape[0] - first)
-            raw = bytearray(count * row_bytes)
-            if stream.readinto(raw) != len(raw):
+        for first in range(0, num_rows, step):
+            count = min(step, num_rows - first)
+            raw = buffer[: count * row_bytes]
+            if stream.readinto(raw.numpy().data) != len(raw):
                 raise CheckpointError(f"{tensor.file} was cut off while {tensor.key} was read.")
-            chunk = torch.frombuffer(raw, dtype=_DTYPES[tensor.dtype])
-            yield chunk.view(count, *tensor.shape[1:])
+            yield raw.view(_DTYPES[tensor.dtype]).view(count, *rest)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _write_tensors(tensors: dict[str, Tensor], directory: Path, max_shard_bytes: int) -> None:
@@ -190,15 +217,23 @@ def _write_tensors(tensors: dict[str, Tensor], directory: Path, max_shard_bytes:
             room = max_shard_bytes
         shards[-1][name] = tensor
         room -= tensor.nbytes
-    metadata = {"format": "pt"}  # without it, transformers refuses the file
     if len(shards) == 1:
-        save_file(tensors, directory / WEIGHTS_FILE, metadata)
+        _write_file(tensors, directory / WEIGHTS_FILE)
         return
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, directory / name, metadata)
+        _write_file(shard, directory / name)
         places |= dict.fromkeys(shard, name)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, {"format": "pt"})  # without it, transformers refuses the file
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}.") from error
+    # The library leaves the file to its owner alone; let it be as open as what it lies in.
+    path.chmod(path.parent.stat().st_mode & 0o666)

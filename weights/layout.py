@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from model.config import Activation, GPTConfig
+from model.files import FileError, read_object, regular_file_size, shown
 from model.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG_FILE = "config.json"
@@ -29,7 +29,8 @@ DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # the safetensors names of what w
 _MAX_JSON_BYTES = 4 * 2**20
 _MAX_HEADER_BYTES = 2**20  # the 1.5B's header has 90 kB; the format alone would allow 100 MB
 _MAX_TENSORS = 4096
-_GPT2_END_OF_TEXT = 50256  # what transformers assumes for bos and eos where a config is silent
+_MAX_LAYERS = 320  # nearly 4096 tensors; GPT-2's largest has 48
+_GPT2_END_OF_TEXT = 50256  # what transformers assumes for bos and eos where nobody says
 
 # Conv1D in the published layout: stored (in, out), used by nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -42,6 +43,13 @@ _ONLY = {
     "add_cross_attention": False,
     "is_decoder": None,  # has no effect on GPT-2
     "tie_word_embeddings": True,
+}
+# Names that transformers takes for those of GPT-2.
+_ALIASES = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "n_positions": "max_position_embeddings",
 }
 _ACTIVATION_NAMES: dict[str, Activation] = {
     **{name: name for name in get_args(Activation)},
@@ -94,7 +102,7 @@ def read_layout(directory: Path) -> Layout:
 
     Raises CheckpointError, naming the file, the tensor, what was expected and what was found.
     """
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise CheckpointError(
             f"{directory} is not a directory; a checkpoint is a directory with {CONFIG_FILE} and "
             f"{WEIGHTS_FILE}."
@@ -102,7 +110,7 @@ def read_layout(directory: Path) -> Layout:
     document = read_json(directory / CONFIG_FILE)
     config = parse_config(document, directory / CONFIG_FILE)
     generation: dict[str, Any] = {}
-    if (directory / GENERATION_CONFIG_FILE).exists():
+    if os.path.lexists(directory / GENERATION_CONFIG_FILE):
         generation = read_json(directory / GENERATION_CONFIG_FILE)
     stored = _read_headers(directory)
     shapes = stored_shapes(config)
@@ -159,50 +167,65 @@ def parse_config(document: Mapping[str, Any], path: Path) -> GPTConfig:
     for field, value in _ONLY.items():
         found = document.get(field, value)
         if value is not None and found != value:
-            raise CheckpointError(f"{path} has {field} {found!r}; only {value!r} is supported.")
+            raise CheckpointError(
+                f"{path} has {field} {shown(found)}; only {value!r} is supported."
+            )
     for field in ("quantization_config", "pruned_heads"):
         if document.get(field):
             raise CheckpointError(f"{path} has a {field}, which is not supported.")
+    for field, alias in _ALIASES.items():
+        if alias in document and document.get(field, document[alias]) != document[alias]:
+            raise CheckpointError(
+                f"{path} has {field} {shown(document[field])} and {alias} "
+                f"{shown(document[alias])}, two names of one thing."
+            )
     activation = document.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATION_NAMES:
+    if not isinstance(activation, str) or activation not in _ACTIVATION_NAMES:
         raise CheckpointError(
-            f"{path} has activation_function {activation!r}; supported are "
+            f"{path} has activation_function {shown(activation)}; supported are "
             f"{', '.join(_ACTIVATION_NAMES)}."
         )
     kvik = document.get("kvik") or {}
     bias = kvik.get("bias", True) if isinstance(kvik, dict) else None
     if not isinstance(bias, bool):
-        raise CheckpointError(f'{path} has an unreadable "kvik" entry: {kvik!r}.')
-
-    def number(field: str, default: Any, kind: type) -> Any:
-        value = document.get(field, default)
-        if value is None and default is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, (int, kind)):
-            raise CheckpointError(
-                f"{path} has {field} {value!r}; expected a number ({kind.__name__})."
-            )
-        return value
-
+        raise CheckpointError(f'{path} has an unreadable "kvik" entry: {shown(kvik)}.')
     inverse = document.get("scale_attn_by_inverse_layer_idx", False)
     if not isinstance(inverse, bool):
         raise CheckpointError(
-            f"{path} has scale_attn_by_inverse_layer_idx {inverse!r}; expected true or false."
+            f"{path} has scale_attn_by_inverse_layer_idx {shown(inverse)}; expected true or false."
         )
+
+    def whole(field: str, default: int, largest: int = 2**31 - 1) -> int:
+        value = document.get(field, document.get(_ALIASES.get(field, field), default))
+        if type(value) is not int or not 1 <= value <= largest:
+            raise CheckpointError(
+                f"{path} has {field} {shown(value)}; expected a whole number from 1 to {largest}."
+            )
+        return value
+
+    def real(field: str, default: float) -> float:
+        value = document.get(field, default)
+        # Compared with 1 before anything else: a whole number may be too large for a float.
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise CheckpointError(
+                f"{path} has {field} {shown(value)}; expected a number from 0 to 1."
+            )
+        return float(value)
+
     try:
         return GPTConfig(
-            n_layer=number("n_layer", 12, int),
-            n_head=number("n_head", 12, int),
-            n_embd=number("n_embd", 768, int),
-            n_ctx=number("n_positions", 1024, int),
-            vocab_size=number("vocab_size", 50257, int),
-            n_inner=number("n_inner", None, int),
+            n_layer=whole("n_layer", 12, _MAX_LAYERS),
+            n_head=whole("n_head", 12),
+            n_embd=whole("n_embd", 768),
+            n_ctx=whole("n_positions", 1024),
+            vocab_size=whole("vocab_size", 50257),
+            n_inner=None if document.get("n_inner") is None else whole("n_inner", 0),
             activation=_ACTIVATION_NAMES[activation],
-            layer_norm_epsilon=number("layer_norm_epsilon", 1e-5, float),
+            layer_norm_epsilon=real("layer_norm_epsilon", 1e-5),
             scale_attn_by_inverse_layer_idx=inverse,
             bias=bias,
             # The file may name three rates; training with ours sets its own, serving has none.
-            dropout=number("resid_pdrop", 0.1, float),
+            dropout=real("resid_pdrop", 0.1),
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}.") from error
@@ -274,12 +297,24 @@ def new_directory(path: Path) -> Iterator[Path]:
     path = Path(os.path.abspath(path))
     if os.path.lexists(path):
         raise CheckpointError(f"{path} exists already; name another place or remove it first.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had our id
-    partial.mkdir()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had our id
+        partial.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be made: {error.strerror}.") from error
     try:
         yield partial
+        _publish(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Bring a directory's files to the disk, then give it its name."""
+    try:
         for folder, _, names in os.walk(partial):
             for name in names:
                 _flush(Path(folder) / name)
@@ -287,24 +322,17 @@ def new_directory(path: Path) -> Iterator[Path]:
         if os.path.lexists(path):  # rename would replace an empty directory made meanwhile
             raise CheckpointError(f"{path} was made by someone else meanwhile.")
         partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _flush(path.parent)
+        _flush(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a regular file; raises CheckpointError, naming the file."""
-    size = _regular_file_size(path)
-    if size > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} has {size} bytes; at most {_MAX_JSON_BYTES} are expected.")
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}.")
-    return value
+        return read_object(path, max_bytes=_MAX_JSON_BYTES)
+    except FileError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _flush(path: Path) -> None:
@@ -316,21 +344,6 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _regular_file_size(path: Path) -> int:
-    """The size of the regular file behind `path` and whatever links lead there.
-
-    Opening a pipe or a device instead would hang or worse. Raises CheckpointError.
-    """
-    try:
-        status = path.stat()
-    except OSError as error:
-        reason = "is a dangling link" if path.is_symlink() else f"is missing ({error.strerror})"
-        raise CheckpointError(f"{path} {reason}.") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is not a regular file.")
-    return status.st_size
-
-
 def _token_ids(
     document: Mapping[str, Any],
     generation: Mapping[str, Any],
@@ -338,16 +351,21 @@ def _token_ids(
     config: GPTConfig,
     directory: Path,
 ) -> tuple[int, ...]:
-    """The ids a checkpoint names for `field`; its generation config has the last word."""
-    default = _GPT2_END_OF_TEXT if config.vocab_size > _GPT2_END_OF_TEXT else None
-    value = document.get(field, default)
+    """The ids a checkpoint names for `field`; its generation config has the last word.
+
+    Where nobody names one, transformers assumes GPT-2's <|endoftext|> and writes it into the
+    files, whatever the size of the vocabulary: beyond it, that id means none.
+    """
+    value = document.get(field, _GPT2_END_OF_TEXT)
     if generation.get(field) is not None:
         value = generation[field]
     ids = value if isinstance(value, list) else [] if value is None else [value]
+    if config.vocab_size <= _GPT2_END_OF_TEXT and ids == [_GPT2_END_OF_TEXT]:
+        return ()
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id < config.vocab_size:
             raise CheckpointError(
-                f"{directory} names {field} {value!r}; ids of this model are 0 to "
+                f"{directory} names {field} {shown(value)}; ids of this model are 0 to "
                 f"{config.vocab_size - 1}."
             )
     return tuple(ids)
@@ -361,7 +379,7 @@ def _check_tensor(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
         )
     if tensor.dtype not in DTYPE_BYTES:
         raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.key} has dtype {tensor.dtype}; supported are "
+            f"{tensor.file}: tensor {tensor.key} has dtype {shown(tensor.dtype)}; supported are "
             f"{', '.join(DTYPE_BYTES)}."
         )
 
@@ -387,7 +405,9 @@ def _read_headers(directory: Path) -> dict[str, StoredTensor]:
         found = _read_header(file)
         if keys is not None and keys != {tensor.key for tensor in found}:
             odd = sorted(keys ^ {tensor.key for tensor in found})[0]
-            raise CheckpointError(f"{directory / INDEX_FILE} and {file} disagree about {odd}.")
+            raise CheckpointError(
+                f"{directory / INDEX_FILE} and {file} disagree about {shown(odd)}."
+            )
         for tensor in found:
             if _MASK_BUFFER.fullmatch(tensor.name):
                 continue
@@ -408,7 +428,9 @@ def _read_index(directory: Path) -> dict[Path, set[str]]:
     files: dict[Path, set[str]] = {}
     for key, name in entries.items():
         if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
-            raise CheckpointError(f"{path} places {key} in {name!r}, which is no file beside it.")
+            raise CheckpointError(
+                f"{path} places {shown(key)} in {shown(name)}, which is no file beside it."
+            )
         files.setdefault(directory / name, set()).add(key)
     return files
 
@@ -419,15 +441,20 @@ def _read_header(file: Path) -> list[StoredTensor]:
     The library would do most of this on opening; here it happens without torch, with bounds of
     our own, and with errors that name the tensor.
     """
-    size = _regular_file_size(file)
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{file} is no safetensors file, or cut off: it has {size} bytes and announces a "
-                f"header of {length} (at most {_MAX_HEADER_BYTES} are expected)."
-            )
-        raw = stream.read(length)
+    try:
+        size = regular_file_size(file)
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{file} is no safetensors file, or cut off: it has {size} bytes and announces "
+                    f"a header of {length} (at most {_MAX_HEADER_BYTES} are expected)."
+                )
+            raw = stream.read(length)
+    except FileError as error:
+        raise CheckpointError(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -464,10 +491,15 @@ def _parse_entry(file: Path, key: str, entry: Any, start: int) -> StoredTensor:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, begin, end]
-        if any(type(n) is not int or n < 0 for n in numbers) or not isinstance(dtype, str):
+        if (
+            not (isinstance(dtype, str) and isinstance(shape, list) and key.isprintable())
+            or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers)
+            or begin > end
+            or len(shape) > 8
+        ):
             raise ValueError
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{file} has an unreadable entry for tensor {key}.") from None
+        raise CheckpointError(f"{file} has an unreadable entry for tensor {shown(key)}.") from None
     # A dtype we do not load is reported later, with the tensor's role; masks may have any.
     expected = math.prod(shape) * DTYPE_BYTES[dtype] if dtype in DTYPE_BYTES else end - begin
     if end - begin != expected:
