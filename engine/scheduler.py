@@ -141,7 +141,6 @@ class Scheduler:
         assert self._in_flight is None, "one step at a time"
         batch = ScheduledBatch()
         num_preempted = self._grow_running()
-        # Publishing begins when nobody can be preempted any more in this step.
         budget = self._config.max_num_scheduled_tokens - len(self._running)
         for sequence in self._running:
             num_extra = min(sequence.num_tokens - sequence.num_computed_tokens - 1, budget)
@@ -161,9 +160,11 @@ class Scheduler:
     ) -> list[Outcome]:
         """Take in the result of a step: a draw for each of `batch.sampled_rows`.
 
-        The sequences of `failed_rows`, whose logits were not finite, finish with "error": their
-        draws mean nothing and their blocks are never shared. Returns what there is to tell, in
-        no order; of sequences aborted meanwhile there is nothing.
+        `failed_rows` are those whose logits, or last hidden state where nothing is sampled, were
+        not finite: a chunk that goes unreported leaves NaN for others to share. Their sequences
+        finish with "error", their draws mean nothing, their blocks are never shared again; who
+        shared them within this very step has read them, and fails with them. Returns what there
+        is to tell, in no order; of sequences aborted meanwhile there is nothing.
         """
         assert batch is self._in_flight, "the batch of the last schedule()"
         outcomes: list[Outcome] = []

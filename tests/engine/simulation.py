@@ -199,11 +199,12 @@ class SimulatedEngine:
         assert batch.num_tokens <= self.config.max_num_scheduled_tokens
         assert min(batch.num_scheduled_tokens, default=1) >= 1
         assert {s.seq_id for s in batch.sequences} == {s.seq_id for s in self.running()}
-        if running_before:
-            assert batch.sequences[0] is running_before[0], "the oldest always advances"
+        assert num_preempted < max(1, len(running_before)), "the oldest always advances"
         assert not (num_preempted and batch.num_admitted)
         assert num_preempted + len(batch.sequences) - batch.num_admitted == len(running_before)
-        admitted = batch.sequences[len(batch.sequences) - batch.num_admitted :]
+        num_kept = len(batch.sequences) - batch.num_admitted
+        kept, admitted = batch.sequences[:num_kept], batch.sequences[num_kept:]
+        assert kept == running_before[:num_kept], "who is preempted is the last in order"
         if admitted and self.waiting():
             assert max(s.order for s in admitted) < min(s.order for s in self.waiting())
         assert batch.sequences or not self.waiting(), "with nothing running the head always fits"

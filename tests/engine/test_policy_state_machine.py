@@ -1,7 +1,6 @@
 """Any sequence of calls: scheduler and block manager against a machine that forgets nothing.
 
-`simulation.py` holds the invariants. Longer runs: pytest --hypothesis-profile does not apply to
-explicit settings, so raise `max_examples` and `stateful_step_count` below.
+`simulation.py` holds the invariants. For a night's run raise the numbers in the last line.
 """
 
 from hypothesis import settings
@@ -194,4 +193,4 @@ class PolicyStateMachine(RuleBasedStateMachine):
 
 
 TestPolicy = PolicyStateMachine.TestCase
-TestPolicy.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestPolicy.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
