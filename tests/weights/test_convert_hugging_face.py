@@ -255,6 +255,19 @@ def test_bos_and_eos_ids_stay_what_the_directory_says(
     assert (after.bos_token_id, after.eos_token_ids) == (before.bos_token_id, before.eos_token_ids)
 
 
+def test_silence_about_bos_and_eos_still_means_gpt2s(tmp_path: Path) -> None:
+    reference = reference_model(vocab_size=50304, n_embd=2, n_layer=1)
+    source = directory_of(reference, tmp_path / "theirs")
+    document = json.loads((source / "config.json").read_text())
+    del document["bos_token_id"], document["eos_token_id"]
+    (source / "config.json").write_text(json.dumps(document))
+
+    convert(source, tmp_path / "ours")
+
+    layout = read_layout(tmp_path / "ours")
+    assert (layout.bos_token_id, layout.eos_token_ids) == (50256, (50256,))
+
+
 def test_padding_of_a_directory_is_cut(tmp_path: Path) -> None:
     reference = reference_model(vocab_size=320)
     source = directory_of(reference, tmp_path / "theirs")

@@ -1,5 +1,6 @@
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,18 @@ def test_characters_are_found_where_nanogpt_keeps_them(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("süß → 😀".replace("ü", "ä"))) == "säß → 😀"
     assert tokenizer.encode("\n") == [0]
     assert any(str(meta) in line for line in report.found)
+
+
+@pytest.mark.parametrize("dataset", ["../private", "/private"])
+def test_checkpoint_cannot_point_outside_of_the_data(tmp_path: Path, dataset: str) -> None:
+    dataset = dataset if dataset.startswith(".") else str(tmp_path / "private")
+    content = nanogpt_checkpoint(NanoGPT(vocab_size=len(CHARACTERS)), dataset=dataset)
+    path = save(content, tmp_path / "out" / "ckpt.pt")
+    (tmp_path / "data").mkdir()
+    write_meta(tmp_path / "private" / "meta.pkl", CHARACTERS)
+
+    with pytest.raises(CheckpointError, match="No tokenizer was found"):
+        convert(path, tmp_path / "ours")
 
 
 def test_characters_of_another_model_are_passed_over(tmp_path: Path) -> None:
@@ -307,6 +320,20 @@ def test_sabotaged_meta_file_stops_the_conversion_unrun(tmp_path: Path) -> None:
         convert(path, tmp_path / "ours")
 
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "meta.pkl"]
+
+
+def test_compressed_archive_is_refused(tmp_path: Path) -> None:
+    path = save(nanogpt_checkpoint(NanoGPT(vocab_size=65)), tmp_path / "ckpt.pt")
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+    with pytest.raises(
+        CheckpointError, match=r"holds a compressed or encrypted entry, .*data\.pkl"
+    ):
+        convert(path, tmp_path / "ours", without_tokenizer=True)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.1, 0.5, 0.99])

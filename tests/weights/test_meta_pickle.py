@@ -115,6 +115,12 @@ def test_instruction_beyond_plain_data_is_named(content: bytes, instruction: str
         parse_plain_pickle(content, HERE)
 
 
+@pytest.mark.parametrize("key", [b"N", b"]", b"}", b"G" + bytes(8)])
+def test_key_that_is_neither_string_nor_number_is_refused(key: bytes) -> None:
+    with pytest.raises(CheckpointError, match="key is neither a string nor a number"):
+        parse_plain_pickle(b"}" + key + b"Ns.", HERE)
+
+
 @pytest.mark.parametrize(
     "content",
     [
