@@ -1,0 +1,125 @@
+"""HTTP on a socket, as uvicorn does it, with bounds on a request's head and our shape of errors."""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from server.errors import ApiError, HeadersTooLarge, InvalidRequest, TooSlow
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection. Heads that are too large, too slow or no HTTP are answered here."""
+
+    max_header_bytes = 16 * 2**10
+    receive_seconds = 30.0
+
+    @classmethod
+    def bounded(cls, *, max_header_bytes: int, receive_seconds: float) -> "type[HttpProtocol]":
+        """This protocol with other bounds: uvicorn makes the instances, and takes no arguments."""
+        return type(
+            "BoundedHttpProtocol",
+            (cls,),
+            {"max_header_bytes": max_header_bytes, "receive_seconds": receive_seconds},
+        )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._is_in_head = True
+        self._num_head_bytes = 0
+        self._is_refused = False
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See Protocol."""
+        super().connection_made(transport)
+        self._start_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See Protocol."""
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See Protocol."""
+        if self._is_refused:
+            return
+        super().data_received(data)
+        if self._is_in_head and not self._is_refused:
+            # Within a head that is not complete, all of the data may belong to it.
+            self._num_head_bytes += len(data)
+            if self._num_head_bytes > self.max_header_bytes:
+                self._refuse_head()
+
+    def on_message_begin(self) -> None:
+        """See HttpToolsProtocol."""
+        if self._is_refused:
+            return
+        super().on_message_begin()
+        if not self._is_in_head:  # not the connection's first
+            self._start_head()
+        # ASGI's place for what servers offer beyond it.
+        self.scope["extensions"] = {"kvik.connection": {"abort": self.transport.abort}}
+
+    def on_headers_complete(self) -> None:
+        """See HttpToolsProtocol."""
+        self._is_in_head = False
+        self._stop_head_timer()
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > self.max_header_bytes:
+            self._refuse_head()
+        elif not self._is_refused:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """See HttpToolsProtocol."""
+        if not self._is_refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """See HttpToolsProtocol."""
+        if not self._is_refused:
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP."""
+        self._refuse(InvalidRequest("This is not an HTTP request that can be understood."))
+
+    def _start_head(self) -> None:
+        self._is_in_head = True
+        self._num_head_bytes = 0
+        self._stop_head_timer()
+        self._head_timer = self.loop.call_later(self.receive_seconds, self._refuse_slow)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse_slow(self) -> None:
+        self._refuse(
+            TooSlow(f"The request's head did not arrive within {self.receive_seconds:g} s.")
+        )
+
+    def _refuse_head(self) -> None:
+        self._refuse(
+            HeadersTooLarge(
+                f"The request's line and headers have more than {self.max_header_bytes} bytes."
+            )
+        )
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer and hang up; only hang up where another answer is on its way."""
+        self._is_refused = True
+        self._stop_head_timer()
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            body = error.to_json()
+            self.transport.write(
+                STATUS_LINE[error.status]
+                + b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
+                + b"connection: close\r\n\r\n"
+                + body
+            )
+        self.transport.close()

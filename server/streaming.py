@@ -1,0 +1,211 @@
+"""A completion as Server-Sent Events, and as one piece of JSON; both from the same deltas."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.errors import ApiError, InternalError
+from server.generation import ChoiceText, Delta, Generation, PromptRun
+
+logger = logging.getLogger(__name__)
+
+encode = msgspec.json.Encoder().encode
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+_DONE = b"data: [DONE]\n\n"
+_PING = b": still here\n\n"
+
+
+def choice_reply(index: int, run: PromptRun, delta: Delta) -> dict[str, Any]:
+    """A choice on the wire, in a stream's chunk or in the whole reply."""
+    reply: dict[str, Any] = {
+        "index": index,
+        "text": delta.text,
+        "logprobs": None if delta.logprobs is None else delta.logprobs.to_reply(),
+        "finish_reason": delta.finish_reason,
+    }
+    if delta.finish_reason is not None:
+        reply["stop_reason"] = delta.stop_reason
+        reply["seed"] = run.seed
+    if delta.prompt_token_ids is not None:
+        reply["prompt_token_ids"] = delta.prompt_token_ids
+    if delta.token_ids is not None:
+        reply["token_ids"] = delta.token_ids
+    return reply
+
+
+def head(generation: Generation, fingerprint: str) -> dict[str, Any]:
+    """What every reply and every chunk begins with."""
+    return {
+        "id": generation.id,
+        "object": "text_completion",
+        "created": generation.created,
+        "model": generation.model.name,
+        "system_fingerprint": fingerprint,
+    }
+
+
+def whole_reply(generation: Generation, fingerprint: str) -> bytes:
+    """A finished generation in one piece."""
+    choices = []
+    for index, run, choice in generation.ranked():
+        delta = choice.take_delta()
+        assert delta is not None, "it has ended"
+        choices.append(choice_reply(index, run, delta))
+    return encode(
+        {
+            **head(generation, fingerprint),
+            "choices": choices,
+            "usage": generation.usage(),
+            "timings": generation.timings(),
+        }
+    )
+
+
+def error_event(error: ApiError) -> bytes:
+    """What a stream ends with when it cannot end well."""
+    return b"data: " + error.to_json() + b"\n\n"
+
+
+class Frames:
+    """The chunks of one stream, each made of a prepared prefix and what is new."""
+
+    def __init__(self, generation: Generation, fingerprint: str) -> None:
+        options = generation.body.stream_options
+        self._includes_usage = options is not None and options.include_usage
+        self._generation = generation
+        self._prefix = b"data: " + encode(head(generation, fingerprint))[:-1] + b',"choices":['
+        self._end = b'],"usage":null}\n\n' if self._includes_usage else b"]}\n\n"
+
+    def chunks(self, choices: list[ChoiceText]) -> bytes:
+        """The frames for what is new of these choices; none, where nothing can be shown yet."""
+        frames = []
+        n = self._generation.body.n
+        for choice in choices:
+            delta = choice.take_delta()
+            if delta is not None:
+                index = self._places[id(choice.run)] * n + choice.index
+                frames += [self._prefix, self._choice(index, choice.run, delta), self._end]
+        if frames and self._generation.is_finished and not self._includes_usage:
+            frames[-1] = b'],"timings":' + encode(self._generation.timings()) + b"}\n\n"
+        return b"".join(frames)
+
+    @property
+    def _places(self) -> dict[int, int]:
+        return {id(run): place for place, run in enumerate(self._generation.runs)}
+
+    def _choice(self, index: int, run: PromptRun, delta: Delta) -> bytes:
+        if delta.finish_reason is None and delta.logprobs is None and delta.token_ids is None:
+            text = encode(delta.text)
+            return b'{"index":%d,"text":%b,"logprobs":null,"finish_reason":null}' % (index, text)
+        return encode(choice_reply(index, run, delta))
+
+    def tail(self) -> bytes:
+        """What follows the last chunk of a stream that ended well."""
+        if not self._includes_usage:
+            return _DONE
+        usage = encode(self._generation.usage())
+        timings = encode(self._generation.timings())
+        return b'%b],"usage":%b,"timings":%b}\n\n%b' % (self._prefix, usage, timings, _DONE)
+
+
+async def watch_client(receive: Receive, generation: Generation) -> None:
+    """Give a generation up when its client is gone; to be cancelled when it has finished."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    generation.give_up("abort")
+
+
+class EventStream(Response):
+    """The reply that streams a generation, and always lets go of it."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        *,
+        fingerprint: Callable[[], str],
+        running: Callable[[], AbstractContextManager[None]],
+        streams: "set[EventStream]",
+    ) -> None:
+        """Make the reply; `running` is around the generation, and `streams` has us meanwhile."""
+        super().__init__(media_type="text/event-stream")
+        self.generation = generation
+        self._fingerprint = fingerprint
+        self._running = running
+        self._streams = streams
+        self._send: Send | None = None
+        self._abort_connection: Callable[[], None] = lambda: None
+        self.sending_since = 0.0  # 0: nothing is on its way
+        self.last_sent_at = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer as ASGI wants it."""
+        self._send = send
+        connection = scope.get("extensions", {}).get("kvik.connection", {})
+        self._abort_connection = connection.get("abort", self._abort_connection)
+        error: ApiError | None = None
+        try:
+            with self._running():
+                watcher = asyncio.create_task(watch_client(receive, self.generation))
+                self._streams.add(self)
+                try:
+                    headers = [*_HEADERS, *self._headers_besides()]
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                    self.last_sent_at = time.monotonic()
+                    await self._run()
+                finally:
+                    watcher.cancel()
+                    self._streams.discard(self)
+                    self.generation.close()
+        except ApiError as raised:
+            error = raised
+        except Exception:  # after the first byte, there is only this way to say it
+            logger.exception("stream failed id=%s", self.generation.id)
+            error = InternalError()
+        if error is not None:
+            await self._send_body(error_event(error))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _headers_besides(self) -> list[tuple[bytes, bytes]]:
+        """Headers that others set on this reply."""
+        ours = {name for name, _ in _HEADERS} | {b"content-length"}
+        return [(name, value) for name, value in self.raw_headers if name not in ours]
+
+    async def _run(self) -> None:
+        frames: Frames | None = None
+        while (choices := await self.generation.advance()) is not None:
+            frames = frames or Frames(self.generation, self._fingerprint())
+            data = frames.chunks(choices)
+            if data:
+                await self._send_body(data)
+        if self.generation.given_up is None:
+            assert frames is not None, "every choice ends with an output"
+            await self._send_body(frames.tail())
+
+    async def _send_body(self, data: bytes) -> None:
+        assert self._send is not None
+        self.sending_since = time.monotonic()
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        self.sending_since = 0.0
+        self.last_sent_at = time.monotonic()
+
+    async def ping(self) -> None:
+        """Show a client, and the proxies on the way, that a silent stream lives."""
+        if not self.sending_since and self.last_sent_at:
+            await self._send_body(_PING)
+
+    def drop(self) -> None:
+        """Give up a client that takes nothing, and its connection with it."""
+        self.generation.give_up("abort")
+        self._abort_connection()

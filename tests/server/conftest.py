@@ -1,0 +1,54 @@
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from engine.config import EngineConfig, LaunchConfig
+from server.app import create_app
+from server.config import ServerConfig
+from server.served_model import ServedModel
+from server.service import Service
+from tests.server.fakes import FakeEngine, Script, counting
+from tests.tiny_models import tiny_checkpoint, tiny_config, tiny_gpt
+
+Serve = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    """A model of 64 tokens' context, by name `tiny`; its first 256 ids are the bytes."""
+    directory = tmp_path_factory.mktemp("served") / "tiny"
+    tiny_checkpoint(directory, model=tiny_gpt(tiny_config(n_ctx=64)))
+    return ServedModel.read(directory)
+
+
+@pytest.fixture
+def make_service(served: ServedModel) -> Callable[..., Service]:
+    """A service around a scripted engine; to be called within an event loop."""
+
+    def make(
+        script: Script = counting, *, max_num_sequences: int = 256, **config: Any
+    ) -> Service:
+        launch = LaunchConfig(
+            model=".", engine=EngineConfig(max_num_sequences=max_num_sequences)
+        )
+        eos = next(iter(served.special_token_ids))
+        return Service(ServerConfig(**config), launch, served, FakeEngine(script, eos=eos))
+
+    return make
+
+
+@pytest.fixture
+def serve(make_service: Callable[..., Service]) -> Serve:
+    """An in-process client of the application, over a scripted engine."""
+
+    @contextmanager
+    def run(script: Script = counting, **config: Any) -> Iterator[tuple[TestClient, Service]]:
+        service = make_service(script, **config)
+        with TestClient(create_app(service), raise_server_exceptions=False) as client:
+            yield client, service
+
+    return run
