@@ -201,8 +201,8 @@ class RunDirectory:
         except (OSError, CheckpointError, SafetensorError) as error:
             newest = self.newest()
             raise RunError(
-                f"The checkpoint of step {state.step} could not be saved: {error}. "
-                + (f"The last one is {newest}." if newest else "There is none before it.")
+                f"Step {state.step} could not be saved: {str(error).rstrip('.')}. "
+                + (f"The last checkpoint is {newest}." if newest else "There is no checkpoint yet.")
             ) from error
         return path
 
@@ -241,8 +241,8 @@ class RunDirectory:
             AttributeError,
         ) as error:
             raise RunError(
-                f"{path} cannot be resumed from: {error}. Remove it to resume from the checkpoint "
-                "before it."
+                f"{path} cannot be resumed from: {str(error).rstrip('.')}. Remove it to resume "
+                "from the checkpoint before it."
             ) from error
         return state, threads
 

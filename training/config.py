@@ -300,9 +300,9 @@ def format_toml(config: TrainingConfig) -> str:
     """The config as a TOML file that `read_toml` reads back to the same config."""
     lines = []
     for key in KEYS:
-        value = getattr(config, key)
-        # JSON's true, numbers and escaped strings are TOML's too.
-        lines.append(f"{key} = {json.dumps(value)}")
+        # JSON's true, numbers and strings are TOML's too, but for a bare U+007F.
+        value = json.dumps(getattr(config, key), ensure_ascii=False).replace("\x7f", "\\u007f")
+        lines.append(f"{key} = {value}")
     return "\n".join(lines) + "\n"
 
 

@@ -81,7 +81,7 @@ class Trainer:
         self.state = state
         self._dataset = dataset
         self._run = run
-        self._model = model
+        self.model = model
         self._optimizer = optimizer
         self._display = display
         self._stop = stop
@@ -131,7 +131,7 @@ class Trainer:
         state, config = self.state, self.config
         start = time.perf_counter()
         learning_rate = learning_rate_at(state.step, config)
-        loss, norm = self._gradient(state.step)
+        loss, norm = self.gradient(state.step)
         is_finite = math.isfinite(loss) and math.isfinite(norm)
         if is_finite:
             for group in self._optimizer.param_groups:
@@ -170,9 +170,9 @@ class Trainer:
                     "--warmup_steps in a new run usually helps; the checkpoints before stand."
                 )
 
-    def _gradient(self, step: int) -> tuple[float, float]:
+    def gradient(self, step: int) -> tuple[float, float]:
         """Put the clipped gradient of one step into the parameters; returns loss and its norm."""
-        config, model = self.config, self._model
+        config, model = self.config, self.model
         total = torch.zeros((), device=self._device)
         for micro_step in range(config.accumulation):
             first = (step * config.accumulation + micro_step) * config.batch
@@ -204,11 +204,11 @@ class Trainer:
         state, config = self.state, self.config
         is_last = state.step == config.max_steps
         improved = False
-        self._model.eval()
+        self.model.eval()
         try:
             if state.step % config.eval_interval == 0 or is_last:
                 found = evaluate(
-                    self._model,
+                    self.model,
                     self._dataset.val,
                     batch=config.batch,
                     vocab_size=self._dataset.tokenizer.vocab_size,
@@ -221,7 +221,7 @@ class Trainer:
             if config.sample_interval and (state.step % config.sample_interval == 0 or is_last):
                 self._record_sample()
         finally:
-            self._model.train()
+            self.model.train()
         state.watched_step = state.step
         return improved
 
@@ -245,7 +245,7 @@ class Trainer:
         config, tokenizer = self.config, self._dataset.tokenizer
         seed = random_bits(config.seed, _SAMPLE, self.state.step)
         ids = generate(
-            self._model,
+            self.model,
             self._prompt,
             config.sample_tokens,
             choose=sample(_SAMPLE_TEMPERATURE, seed=seed),
@@ -258,7 +258,7 @@ class Trainer:
 
     def _save(self) -> None:
         path = self._run.save(
-            self._model,
+            self.model,
             self._optimizer,
             self.state,
             tokenizer=self._dataset.tokenizer,

@@ -58,7 +58,7 @@ def in_child(run: Path, data: Path, point: int | None) -> int:
         return os.waitpid(child, 0)[1]
     status = 1
     try:
-        trainer = resume(run) if run.exists() else begin(run, data, **SETTINGS)
+        trainer = resume(run) if run.exists() else begin(run, data, SETTINGS)
         if point is not None:
             kill_at(point, str(run))
         trainer.train()

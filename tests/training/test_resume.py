@@ -36,14 +36,14 @@ LONG: Mapping[str, Value] = {
 @pytest.fixture(scope="module")
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    train(run, data, **SETTINGS)
+    train(run, data, SETTINGS)
     return run
 
 
 @pytest.fixture(scope="module")
 def undisturbed_long(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed_long") / "run"
-    train(run, data, **LONG)
+    train(run, data, LONG)
     return run
 
 
@@ -193,7 +193,7 @@ def test_looking_more_often_changes_no_weight(
 ) -> None:
     run = tmp_path / "run"
 
-    train(run, data, **{**SETTINGS, "eval_interval": 1, "sample_interval": 1, "log_interval": 3})
+    train(run, data, SETTINGS, eval_interval=1, sample_interval=1, log_interval=3)
 
     weights = "latest/model.safetensors"
     assert (run / weights).read_bytes() == (undisturbed / weights).read_bytes()

@@ -36,7 +36,7 @@ def text(num_characters: int = 1200, seed: int = 5) -> str:
     """Words in no order, a line break after each few."""
     chance = random.Random(seed)
     words = ["the", "dragon", "sat", "on", "a", "hill", "and", "sang", "Näh!", "softly"]
-    lines = []
+    lines: list[str] = []
     while sum(map(len, lines)) < num_characters:
         lines.append(" ".join(chance.choices(words, k=6)) + "\n")
     return "".join(lines)
@@ -50,11 +50,18 @@ def make_data(directory: Path, content: str | None = None, *, tokenizer: str = "
     return directory
 
 
-def begin(run: Path, data: Path, *, init: Path | None = None, **settings: Value) -> Trainer:
+def begin(
+    run: Path,
+    data: Path,
+    differing: Mapping[str, Value] | None = None,
+    *,
+    init: Path | None = None,
+    **settings: Value,
+) -> Trainer:
     """A trainer at step 0, by SETTINGS and what differs from them."""
     return start_run(
         run,
-        {**SETTINGS, **settings},
+        {**SETTINGS, **(differing or {}), **settings},
         data=data,
         init=init,
         display=LogDisplay(),
@@ -67,10 +74,12 @@ def resume(run: Path, **settings: Value) -> Trainer:
     return resume_run(run, settings, data=None, display=LogDisplay(), stop=StopRequest())
 
 
-def train(run: Path, data: Path, *, init: Path | None = None, **settings: Value) -> Trainer:
+def train(
+    run: Path, data: Path, differing: Mapping[str, Value] | None = None, **settings: Value
+) -> Trainer:
     """A run from beginning to end, on one thread: sums then have one order on any machine."""
     torch.set_num_threads(1)
-    trainer = begin(run, data, init=init, **settings)
+    trainer = begin(run, data, differing, **settings)
     trainer.train()
     return trainer
 
