@@ -99,7 +99,7 @@ def _download(
                 cache_dir=cache_directory,
                 endpoint=endpoint,
                 allow_patterns=list(_WANTED_FILES),
-                ignore_patterns=["*/*"],  # a pattern's * crosses folders, such as onnx/
+                ignore_patterns=["*/*"],  # a pattern's * crosses folders
             )
         )
         if not any(directory.glob("*.safetensors")):

@@ -278,6 +278,15 @@ def test_padding_of_a_directory_is_cut(tmp_path: Path) -> None:
     assert read_layout(tmp_path / "ours").config.vocab_size == VOCAB_SIZE
 
 
+def test_end_of_text_among_the_padding_is_refused(tmp_path: Path) -> None:
+    source = directory_of(reference_model(vocab_size=320, eos_token_id=300), tmp_path / "theirs")
+
+    with pytest.raises(CheckpointError, match=r"theirs would make no usable .* eos_token_id 300"):
+        convert(source, tmp_path / "ours")
+
+    assert os.listdir(tmp_path) == ["theirs"]
+
+
 def test_rows_that_are_no_padding_are_kept(tmp_path: Path) -> None:
     reference = reference_model(vocab_size=265)
     source = directory_of(reference, tmp_path / "theirs")

@@ -26,7 +26,7 @@ MODEL_FILES = {
     "rust_model.ot": b"another",
     "README.md": b"# GPT-2",
     "onnx/config.json": b"{}",
-    "onnx/model.safetensors": b"other weights",
+    "models/other.safetensors": b"other weights",
 }
 
 

@@ -65,7 +65,10 @@ def convert(
         write(model, partial, tokenizer=None if keeps_files else found.tokenizer, dtype=dtype)
         if foreign.huggingface is not None and (keeps_files or found.tokenizer is None):
             _keep_huggingface(foreign.huggingface, partial, tokenizer=keeps_files)
-        read_layout(partial)  # before it gets its name: what we wrote, we can read
+        try:
+            read_layout(partial)  # before it gets its name: what we wrote, we can read
+        except CheckpointError as error:
+            raise CheckpointError(f"{source} would make no usable checkpoint: {error}") from error
         written = sorted(f"{p.name} ({p.stat().st_size:,} bytes)" for p in partial.iterdir())
     return ConversionReport(
         directory=destination,
