@@ -1,6 +1,5 @@
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,30 +24,30 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     return ServedModel.read(directory)
 
 
-@pytest.fixture
-def make_service(served: ServedModel) -> Callable[..., Service]:
+def make_service(
+    served: ServedModel, script: Script = counting, *, max_num_sequences: int = 256, **config: Any
+) -> Service:
     """A service around a scripted engine; to be called within an event loop."""
+    launch = LaunchConfig(model=".", engine=EngineConfig(max_num_sequences=max_num_sequences))
+    (eos,) = served.special_token_ids
+    return Service(ServerConfig(**config), launch, served, FakeEngine(script, eos=eos))
 
-    def make(
-        script: Script = counting, *, max_num_sequences: int = 256, **config: Any
-    ) -> Service:
-        launch = LaunchConfig(
-            model=".", engine=EngineConfig(max_num_sequences=max_num_sequences)
-        )
-        eos = next(iter(served.special_token_ids))
-        return Service(ServerConfig(**config), launch, served, FakeEngine(script, eos=eos))
 
-    return make
+@contextmanager
+def make_client(
+    served: ServedModel, script: Script = counting, **config: Any
+) -> Iterator[tuple[TestClient, Service]]:
+    """An in-process client of the application, over a scripted engine."""
+    service = make_service(served, script, **config)
+    with TestClient(create_app(service), raise_server_exceptions=False) as client:
+        yield client, service
 
 
 @pytest.fixture
-def serve(make_service: Callable[..., Service]) -> Serve:
-    """An in-process client of the application, over a scripted engine."""
+def serve(served: ServedModel) -> Serve:
+    """`make_client` for the test's model."""
 
-    @contextmanager
-    def run(script: Script = counting, **config: Any) -> Iterator[tuple[TestClient, Service]]:
-        service = make_service(script, **config)
-        with TestClient(create_app(service), raise_server_exceptions=False) as client:
-            yield client, service
+    def run(*args: Any, **config: Any) -> Any:
+        return make_client(served, *args, **config)
 
     return run

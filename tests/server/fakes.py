@@ -157,7 +157,7 @@ class FakeEngine:
 
 def top(token_id: int, count: int, *, penalty: int = 0) -> TopLogprobs:
     """A logprob of -0.5 and less for later choices, and alternatives that leave the token out."""
-    ids = [token_id + 1 + i for i in range(count)]
+    ids = [(token_id + 1 + i) % FACTS.vocab_size for i in range(count)]
     return TopLogprobs(
         logprob=-0.5 - penalty * 0.25, token_ids=ids, logprobs=[-1.0 - i for i in range(count)]
     )

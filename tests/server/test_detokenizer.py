@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import hypothesis.strategies as st
 from hypothesis import example, given
 
@@ -77,14 +79,17 @@ def test_every_piece_is_whole_characters(text: str, data: st.DataObject) -> None
     edges = [0, *cuts, len(encoded)]
     detokenizer = Detokenizer()
 
-    shown = [detokenizer.push(encoded[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    shown = [detokenizer.push(encoded[a:b]) for a, b in pairwise(edges)]
 
     assert "".join(shown) == encoded.decode()
     assert detokenizer.finish() == ""
 
 
-@given(st.text(alphabet="aé€", max_size=12), st.lists(st.text(alphabet="aé€", min_size=1, max_size=3),
-                                                      max_size=4), st.data())  # fmt: skip
+@given(
+    st.text(alphabet="aé€", max_size=12),
+    st.lists(st.text(alphabet="aé€", min_size=1, max_size=3), max_size=4),
+    st.data(),
+)
 def test_stops_are_found_whatever_the_tokens(
     text: str, stops: list[str], data: st.DataObject
 ) -> None:
@@ -94,7 +99,7 @@ def test_stops_are_found_whatever_the_tokens(
     detokenizer = Detokenizer(stops)
 
     shown = ""
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         shown += detokenizer.push(encoded[a:b])
         if detokenizer.stop is not None:
             break
