@@ -1,4 +1,5 @@
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,27 @@ def test_destination_may_lie_in_directories_yet_to_be_made(tmp_path: Path) -> No
     convert(path, tmp_path / "models" / "characters" / "v1")
 
     assert read_layout(tmp_path / "models" / "characters" / "v1").config.bias
+
+
+def test_destination_under_a_file_is_refused(tmp_path: Path) -> None:
+    path = nanogpt_run(tmp_path / "out")
+
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt/ours cannot be made"):
+        convert(path, path / "ours")
+
+
+def test_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = nanogpt_run(tmp_path / "out")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be written: .*too large"):
+            convert(path, tmp_path / "ours")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_size_of_a_described_model_is_checked_before_it_is_built() -> None:

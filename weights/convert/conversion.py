@@ -52,30 +52,42 @@ def convert(
     """
     if os.path.lexists(destination):
         raise CheckpointError(f"{destination} exists already; name another place or remove it.")
-    foreign = read_foreign(source, activation)
-    found = find_tokenizer(
-        foreign, directory=tokenizer_directory, meta=meta, without=without_tokenizer
-    )
+    try:
+        foreign = read_foreign(source, activation)
+        found = find_tokenizer(
+            foreign, directory=tokenizer_directory, meta=meta, without=without_tokenizer
+        )
+    except OSError as error:
+        where = error.filename or source
+        raise CheckpointError(f"{where} cannot be read: {error.strerror}.") from error
     changed = [*foreign.changed, *found.passed_over]
     vocab_size = _choose_vocab_size(foreign.config.vocab_size, found, changed)
     model = foreign.build(vocab_size)
     dtype = _choose_dtype({parameter.dtype for parameter in model.parameters()}, dtype, changed)
-    with new_directory(destination) as partial:
-        keeps_files = found.origin is not None and found.origin == foreign.huggingface
-        write(model, partial, tokenizer=None if keeps_files else found.tokenizer, dtype=dtype)
-        if foreign.huggingface is not None and (keeps_files or found.tokenizer is None):
-            _keep_huggingface(foreign.huggingface, partial, tokenizer=keeps_files)
-        try:
-            read_layout(partial)  # before it gets its name: what we wrote, we can read
-        except CheckpointError as error:
-            raise CheckpointError(f"{source} would make no usable checkpoint: {error}") from error
-        written = sorted(f"{p.name} ({p.stat().st_size:,} bytes)" for p in partial.iterdir())
+    keeps_files = found.origin is not None and found.origin == foreign.huggingface
+    try:
+        with new_directory(destination) as partial:
+            write(model, partial, tokenizer=None if keeps_files else found.tokenizer, dtype=dtype)
+            if foreign.huggingface is not None and (keeps_files or found.tokenizer is None):
+                _keep_huggingface(foreign.huggingface, partial, tokenizer=keeps_files)
+            _check_usable(partial, source)
+            written = sorted(f"{p.name} ({p.stat().st_size:,} bytes)" for p in partial.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{destination} cannot be written: {error.strerror}.") from error
     return ConversionReport(
         directory=destination,
         found=[*foreign.found, _describe(found)],
         changed=changed,
         written=written,
     )
+
+
+def _check_usable(partial: Path, source: Path) -> None:
+    """What we wrote, we can read: checked before it gets its name."""
+    try:
+        read_layout(partial)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source} would make no usable checkpoint: {error}") from error
 
 
 def _choose_vocab_size(rows: int, found: FoundTokenizer, changed: list[str]) -> int:

@@ -27,6 +27,7 @@ _OTHER_MAGICS = {
     20240803: "a Llama 3 of llm.c",
 }
 _HEADER = struct.Struct("<256i")
+_MAX_TOKENIZER_BYTES = 64 * 2**20
 _DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version
 
 
@@ -89,8 +90,8 @@ def read_llm_c(path: Path) -> ForeignCheckpoint:
         changed=changed,
         # llm.c keeps the tokenizer at its root, and a run's models there or in a directory below.
         tokenizer_places=[
-            *(folder / TOKENIZER_FILE for folder in (path.parent, path.absolute().parents[1])),
-            path.parent,
+            *(folder / TOKENIZER_FILE for folder in path.absolute().parents[:2]),
+            path.absolute().parent,
         ],
     )
 
@@ -101,6 +102,10 @@ def read_llm_c_tokenizer(path: Path) -> BytePairTokenizer:
     It has no merges, and needs none: a token's own bytes, merged by the ranks below its own, end
     as the pair it was made from. Raises CheckpointError.
     """
+    if path.stat().st_size > _MAX_TOKENIZER_BYTES:
+        raise CheckpointError(
+            f"{path} is larger than any tokenizer ({_MAX_TOKENIZER_BYTES} bytes)."
+        )
     content = path.read_bytes()
     header = _HEADER.unpack(content[: _HEADER.size]) if len(content) >= _HEADER.size else (0,) * 4
     magic, version, num_tokens, end_of_text = header[:4]

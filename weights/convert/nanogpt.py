@@ -82,7 +82,7 @@ def read_nanogpt(
         ],
         changed=changed,
         meta_files=_meta_files(path, dataset),
-        tokenizer_places=[path.parent],
+        tokenizer_places=[path.absolute().parent],
         dataset=dataset,
     )
 
@@ -124,7 +124,7 @@ def _meta_files(path: Path, dataset: str | None) -> list[Path]:
 
     nanoGPT writes out-NAME/ckpt.pt and data/DATASET/meta.pkl under one root, and is run from it.
     """
-    places = [path.parent]
+    places = [path.absolute().parent]
     if dataset is not None:
         roots = (*path.absolute().parents[:3], Path.cwd())
         places += [root / "data" / dataset for root in roots]

@@ -95,8 +95,8 @@ def _read_place(place: Path) -> Tokenizer | None:
     if place.suffix == ".pkl":
         return read_characters(place) if place.exists() else None
     if place.name == TOKENIZER_FILE:
-        return read_llm_c_tokenizer(place) if place.exists() else None
-    if not any((place / name).exists() for name in TOKENIZER_FILES):
+        return read_llm_c_tokenizer(place) if place.is_file() else None
+    if not any((place / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
         return load_tokenizer(place)
