@@ -1,0 +1,109 @@
+"""The routes beside completions."""
+
+import re
+from typing import Any
+
+import pytest
+
+from server.routes import PAGES
+from server.served_model import ServedModel
+from tests.server.conftest import Serve
+from tests.server.test_errors import check_shape
+
+
+def test_models_lists_the_one_that_is_served(serve: Serve, served: ServedModel) -> None:
+    with serve() as (client, _):
+        listed = client.get("/v1/models").json()
+        one = client.get("/v1/models/tiny").json()
+
+    assert listed == {"object": "list", "data": [one]}
+    assert one == {
+        "id": "tiny", "object": "model", "created": served.created, "owned_by": "kvik",
+        "max_model_len": 64,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", " the end", "é<|endoftext|>", "z" * 10_000])
+def test_tokenize_and_detokenize_are_inverse(serve: Serve, served: ServedModel, text: str) -> None:
+    with serve() as (client, _):
+        there = client.post("/tokenize", json={"model": "tiny", "prompt": text}).json()
+        back = client.post("/detokenize", json={"tokens": there["tokens"]}).json()
+
+    assert there == {
+        "tokens": served.tokenizer.encode(text), "count": len(there["tokens"]),
+        "max_model_len": 64,
+    }  # fmt: skip
+    assert back == {"prompt": text}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "text": "b"}, "text"),
+        ("/detokenize", {"tokens": [268]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"model": "other", "tokens": []}, "model"),
+    ],
+)
+def test_they_refuse_as_completions_do(
+    serve: Serve, path: str, body: dict[str, Any], param: str
+) -> None:
+    with serve() as (client, _):
+        reply = client.post(path, json=body)
+
+    assert reply.status_code == (404 if param == "model" else 400)
+    assert check_shape(reply)["param"] == param
+
+
+def test_openapi_describes_ranges_defaults_and_null(serve: Serve) -> None:
+    with serve() as (client, _):
+        document = client.get("/openapi.json").json()
+
+    schema = document["components"]["schemas"]["CompletionRequest"]
+    assert schema["required"] == ["model"]
+    assert schema["additionalProperties"] is False
+    temperature = schema["properties"]["temperature"]
+    assert temperature["default"] == 1.0
+    assert {"type": "null"} in temperature["anyOf"]
+    (number,) = (kind for kind in temperature["anyOf"] if kind["type"] != "null")
+    assert (number["minimum"], number["maximum"]) == (0, 2)
+    text = client.get("/openapi.json").text
+    for name in re.findall(r'"#/components/schemas/(\w+)"', text):
+        assert name in document["components"]["schemas"]
+
+
+def test_the_docs_page_loads_nothing_from_elsewhere(serve: Serve) -> None:
+    with serve() as (client, _):
+        page = client.get("/docs")
+
+    assert page.headers["content-type"].startswith("text/html")
+    for file in PAGES.glob("*.html"):
+        assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", file.read_text("utf-8"))
+
+
+def test_the_ring_forgets_the_oldest_request(serve: Serve) -> None:
+    with serve(num_timelines=3) as (client, _):
+        for number in range(5):
+            client.post(
+                "/v1/completions",
+                json={"model": "tiny", "max_tokens": 1, "request_id": f"r{number}"},
+            )
+        found = [client.get(f"/v1/requests/r{number}").status_code for number in range(5)]
+
+    assert found == [404, 404, 200, 200, 200]
+
+
+def test_a_refused_request_has_a_timeline_too(serve: Serve) -> None:
+    with serve() as (client, _):
+        client.post(
+            "/v1/completions",
+            json={"model": "tiny", "n": 0},
+            headers={"X-Request-Id": "refused-1"},
+        )
+        timeline = client.get("/v1/requests/refused-1").json()
+
+    assert (timeline["outcome"], timeline["status"]) == ("rejected", 400)
