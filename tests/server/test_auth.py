@@ -18,7 +18,7 @@ KEYS = ("first-key", "second-key")
 
 def all_routes(app: Any) -> list[tuple[str, str]]:
     """Every path and method the application answers."""
-    routes = []
+    routes: list[tuple[str, str]] = []
 
     def walk(entries: Any) -> None:
         for route in entries:
@@ -98,11 +98,11 @@ def test_prefixes_are_salted_by_the_key_and_by_nothing_else(serve: Serve) -> Non
     with serve(api_keys=KEYS) as (client, service):
         for key in (*KEYS, KEYS[0]):
             assert ask(client, key).status_code == 200
-        salts = [r.salt for r in service.engine.submitted]  # type: ignore[attr-defined]
+        salts = [r.salt for r in service.engine.submitted]
     with serve() as (client, service):
         ask(client, None)
         ask(client, "whatever")
-        open_salts = [r.salt for r in service.engine.submitted]  # type: ignore[attr-defined]
+        open_salts = [r.salt for r in service.engine.submitted]
 
     assert salts[0] == salts[2] != salts[1]
     assert not any(key.encode() in salt for key in KEYS for salt in salts)

@@ -152,7 +152,7 @@ def test_stop_string_is_left_out_and_usage_ends_with_it(serve: Serve, stream: bo
             reply = complete(client, **body)
             text, last, usage = reply["choices"][0]["text"], reply["choices"][0], reply["usage"]
 
-        (request,) = service.engine.submitted  # type: ignore[attr-defined]
+        (request,) = service.engine.submitted
 
     assert text == "abcd"
     assert (last["finish_reason"], last["stop_reason"]) == ("stop", "efg")
@@ -234,7 +234,7 @@ def test_an_empty_prompt_starts_from_bos(
 ) -> None:
     with serve() as (client, service):
         reply = complete(client, prompt=prompt, max_tokens=1, echo=True)
-        (request,) = service.engine.submitted  # type: ignore[attr-defined]
+        (request,) = service.engine.submitted
 
     assert request.prompt_ids == [served.bos_token_id]
     assert reply["choices"][0]["text"] == "a"
@@ -244,7 +244,7 @@ def test_an_empty_prompt_starts_from_bos(
 def test_a_missing_prompt_starts_from_bos(serve: Serve, served: ServedModel) -> None:
     with serve() as (client, service):
         client.post("/v1/completions", json={"model": "tiny", "max_tokens": 1})
-        (request,) = service.engine.submitted  # type: ignore[attr-defined]
+        (request,) = service.engine.submitted
 
     assert request.prompt_ids == [served.bos_token_id]
 
@@ -253,7 +253,7 @@ def test_prompts_may_be_ids_or_lists_of_ids(serve: Serve) -> None:
     with serve() as (client, service):
         one = complete(client, prompt=[97, 98], max_tokens=1, echo=True)
         two = complete(client, prompt=[[97], [98, 99]], max_tokens=1, echo=True)
-        prompts = [r.prompt_ids for r in service.engine.submitted]  # type: ignore[attr-defined]
+        prompts = [r.prompt_ids for r in service.engine.submitted]
 
     assert [c["text"] for c in one["choices"]] == ["aba"]
     assert [c["text"] for c in two["choices"]] == ["aa", "bca"]
@@ -263,7 +263,7 @@ def test_prompts_may_be_ids_or_lists_of_ids(serve: Serve) -> None:
 def test_a_spelled_out_special_token_is_just_characters(serve: Serve, served: ServedModel) -> None:
     with serve() as (client, service):
         complete(client, prompt="<|endoftext|>", max_tokens=1)
-        (request,) = service.engine.submitted  # type: ignore[attr-defined]
+        (request,) = service.engine.submitted
 
     assert not served.special_token_ids & set(request.prompt_ids)
 
@@ -271,7 +271,7 @@ def test_a_spelled_out_special_token_is_just_characters(serve: Serve, served: Se
 def test_an_explicit_seed_applies_unchanged_to_each_prompt(serve: Serve) -> None:
     with serve() as (client, service):
         reply = complete(client, prompt=["a", "b"], seed=-5, max_tokens=1)
-        seeds = [r.params.seed for r in service.engine.submitted]  # type: ignore[attr-defined]
+        seeds = [r.params.seed for r in service.engine.submitted]
 
     assert seeds == [-5, -5]
     assert [choice["seed"] for choice in reply["choices"]] == [-5, -5]
@@ -281,7 +281,7 @@ def test_without_a_seed_each_prompt_draws_its_own_and_the_reply_tells_it(serve: 
     with serve() as (client, service):
         reply = complete(client, prompt=["a", "b"], n=2, max_tokens=1)
         chunks = events(client, max_tokens=1)
-        seeds = [r.params.seed for r in service.engine.submitted]  # type: ignore[attr-defined]
+        seeds = [r.params.seed for r in service.engine.submitted]
 
     told = [choice["seed"] for choice in reply["choices"]]
     assert told == [seeds[0], seeds[0], seeds[1], seeds[1]]
@@ -293,7 +293,7 @@ def test_truncation_keeps_the_end_of_the_prompt(serve: Serve) -> None:
     with serve() as (client, service):
         some = complete(client, prompt="abcdef", truncate_prompt_tokens=2, max_tokens=1, echo=True)
         complete(client, prompt="z" * 500, truncate_prompt_tokens=-1, max_tokens=10)
-        lengths = [len(r.prompt_ids) for r in service.engine.submitted]  # type: ignore[attr-defined]
+        lengths = [len(r.prompt_ids) for r in service.engine.submitted]
 
     assert some["choices"][0]["text"] == "efa"
     assert some["usage"]["prompt_tokens"] == 2
@@ -388,7 +388,7 @@ def test_sampling_fields_reach_the_engine(serve: Serve) -> None:
             client, **fields, logit_bias={"97": -100, "98": 1.5}, allowed_token_ids=[97, 98],
             stop_token_ids=[99], priority=-2, n=3,
         )  # fmt: skip
-        (request,) = service.engine.submitted  # type: ignore[attr-defined]
+        (request,) = service.engine.submitted
 
     assert {name: getattr(request.params, name) for name in fields} == fields
     assert request.params.logit_bias == {97: -100.0, 98: 1.5}

@@ -276,7 +276,7 @@ def test_a_prompt_of_more_bytes_than_the_context_holds_is_not_tokenised(
 
 def test_an_engine_that_dies_midway_is_a_500_or_an_error_event(serve: Serve) -> None:
     with serve() as (client, service):
-        service.engine.failure = EngineDied(reason="the test said so")  # type: ignore[attr-defined]
+        service.engine.failure = EngineDied(reason="the test said so")
         whole = client.post(URL, json=GOOD)
         stream = client.post(URL, json={**GOOD, "stream": True})
 
@@ -291,10 +291,10 @@ def test_an_engine_that_dies_midway_is_a_500_or_an_error_event(serve: Serve) -> 
 
 def test_a_choice_whose_logits_are_not_finite_fails_its_request_alone(serve: Serve) -> None:
     with serve() as (client, service):
-        service.engine.bad_choice = 1  # type: ignore[attr-defined]
+        service.engine.bad_choice = 1
         bad = client.post(URL, json={**GOOD, "n": 2})
         good = client.post(URL, json=GOOD)
-        (request, _) = service.engine.submitted  # type: ignore[attr-defined]
+        (request, _) = service.engine.submitted
 
     assert bad.status_code == 500
     assert check_shape(bad)["code"] == "non_finite_logits"
@@ -305,9 +305,9 @@ def test_a_choice_whose_logits_are_not_finite_fails_its_request_alone(serve: Ser
 @pytest.mark.parametrize("stream", [False, True])
 def test_timeout_s_is_a_504_or_an_error_event(serve: Serve, stream: bool) -> None:
     with serve() as (client, service):
-        service.engine.running.clear()  # type: ignore[attr-defined]
+        service.engine.running.clear()
         reply = client.post(URL, json={**GOOD, "timeout_s": 0.05, "stream": stream})
-        (request,) = service.engine.submitted  # type: ignore[attr-defined]
+        (request,) = service.engine.submitted
 
     assert request.is_closed
     if stream:
