@@ -65,12 +65,19 @@ class Vocabulary:
             )
         if len(set(ids)) != len(ids):
             raise TokenizerError("The vocabulary gives one id to two tokens.")
+        if len({*self.tokens, *self.special, *self.added}) != len(ids):
+            raise TokenizerError("The vocabulary lists a token twice.")
         for text in (*self.special, *self.added):
             if not isinstance(text, str) or not text or not _is_unicode(text):
                 raise TokenizerError(f"The added token {shown(text)} is not text.")
         alphabet = byte_alphabet()
         last = -1
         for left, right in self.merges:
+            if not all(character in alphabet for character in left + right):
+                raise TokenizerError(
+                    f"The merge {shown(left)} {shown(right)} is not written in GPT-2's byte "
+                    "alphabet: this is not a byte-level BPE."
+                )
             merged = self.tokens.get(left + right)
             if merged is None or left not in self.tokens or right not in self.tokens:
                 raise TokenizerError(
@@ -87,11 +94,6 @@ class Vocabulary:
         for token in self.tokens:
             if token not in reachable and token not in alphabet:
                 raise TokenizerError(f"No merge makes the token {shown(token)} of the vocabulary.")
-            if not all(character in alphabet for character in token):
-                raise TokenizerError(
-                    f"The token {shown(token)} is not written in GPT-2's byte alphabet: this is "
-                    "not a byte-level BPE."
-                )
             if len(token) > _MAX_TOKEN_BYTES:
                 raise TokenizerError(
                     f"The token {shown(token)} has {len(token)} bytes; at most {_MAX_TOKEN_BYTES} "
@@ -168,7 +170,8 @@ def read_vocabulary(directory: Path) -> Vocabulary:
 
 def write_vocabulary(vocabulary: Vocabulary, directory: Path, *, end_of_text: str | None) -> None:
     """Write `vocab.json`, `merges.txt` and the `tokenizer_config.json` that transformers wants."""
-    listed = {**vocabulary.tokens, **vocabulary.special}
+    # The added ones too: transformers numbers anew what it does not find there.
+    listed = {**vocabulary.tokens, **vocabulary.special, **vocabulary.added}
     ordered = dict(sorted(listed.items(), key=lambda item: item[1]))
     (directory / "vocab.json").write_text(json.dumps(ordered, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in vocabulary.merges)]

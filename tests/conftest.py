@@ -8,7 +8,7 @@ from model.tokenizer import BytePairTokenizer
 from tests.byte_pairs import byte_pair_tokenizer
 from tests.tiny_models import tiny_checkpoint, tiny_gpt
 
-# Threads wait for each other longer than a model this small computes, most of all on a busy machine.
+# Threads wait for each other longer than a model this small computes.
 torch.set_num_threads(1)
 
 

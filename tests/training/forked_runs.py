@@ -69,6 +69,17 @@ def in_child(run: Path, data: Path, point: int | None) -> int:
         os._exit(status)
 
 
+def broken_checkpoints(run: Path) -> list[Path]:
+    """What is named like a checkpoint and is not a whole one."""
+    links = [link for link in (run / "latest", run / "best") if link.is_symlink()]
+    return [
+        path
+        for path in [*links, *(run / "checkpoints").glob("step-*")]
+        if len(list(path.glob("*.safetensors"))) != 2
+        or not (path / "training_state.json").exists()
+    ]
+
+
 def main() -> None:
     """See above."""
     data, out, point, stride = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5])
@@ -80,6 +91,8 @@ def main() -> None:
             break
         if status != signal.SIGKILL:
             sys.exit(f"point {point}: status {status} instead of a kill")
+        if broken := broken_checkpoints(run):
+            sys.exit(f"point {point}: the kill left {', '.join(map(str, broken))}")
         if status := in_child(run, data, None):
             sys.exit(f"point {point}: resuming failed with status {status}")
         num_kills += 1

@@ -79,7 +79,7 @@ def train(
 ) -> Trainer:
     """A run from beginning to end, on one thread: sums then have one order on any machine."""
     torch.set_num_threads(1)
-    trainer = begin(run, data, differing, **settings)
+    trainer = begin(run, data, {**(differing or {}), **settings})
     trainer.train()
     return trainer
 

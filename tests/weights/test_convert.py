@@ -1,5 +1,6 @@
 import os
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,26 @@ def test_destination_under_a_file_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"ckpt\.pt/ours cannot be made"):
         convert(path, path / "ours")
+
+
+def test_checkpoint_that_is_written_to_meanwhile_is_refused(tmp_path: Path) -> None:
+    path = nanogpt_run(tmp_path / "out")
+    is_done = threading.Event()
+
+    def touch() -> None:
+        while not is_done.wait(0.001):
+            path.touch()
+
+    training = threading.Thread(target=touch)
+    training.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"ckpt\.pt was written to while it was read"):
+            convert(tmp_path / "out", tmp_path / "ours")
+    finally:
+        is_done.set()
+        training.join()
+
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
