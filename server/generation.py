@@ -311,7 +311,7 @@ class Generation:
         for run in self.runs:
             if run.stream is not None:
                 for _, output in run.stream.take_ready():
-                    self._metrics.overrun_tokens.inc(output.token_id is not None)
+                    self._metrics.num_overrun_tokens += output.token_id is not None
                 run.stream.close()
 
     async def _arrivals(self) -> list[Arrival] | None:
@@ -360,7 +360,7 @@ class Generation:
         run = self.runs[run_index]
         choice = run.choices[choice_index]
         if choice.is_finished:  # its text ended while the engine went on
-            self._metrics.overrun_tokens.inc(output.token_id is not None)
+            self._metrics.num_overrun_tokens += output.token_id is not None
             return None
         if output.finish_reason == "error":
             raise EngineFailed(

@@ -117,6 +117,11 @@ class _EngineState(Collector):
         ):
             yield GaugeMetricFamily(name, documentation, value=value)
         yield CounterMetricFamily(
+            "kvik_overrun_tokens",
+            "Tokens generated and thrown away: behind a stop string, or for a client that left.",
+            value=self._metrics.num_overrun_tokens + self._metrics.num_dropped_tokens(),
+        )
+        yield CounterMetricFamily(
             "kvik_engine_restarts",
             "Times the engine process was started again since the server's start.",
             value=self._metrics.num_restarts(),
@@ -142,6 +147,8 @@ class Metrics:
         # Asked when scraped; the application puts the engine's own in their place.
         self.seconds_without_sign: Callable[[], float] = lambda: 0.0
         self.num_restarts: Callable[[], int] = lambda: 0
+        self.num_dropped_tokens: Callable[[], int] = lambda: 0
+        self.num_overrun_tokens = 0  # that came to us, behind the end of their text
         self.state: Callable[[], str] = lambda: EngineState.LOADING
         tokens = _token_boundaries(n_ctx)
 
@@ -236,11 +243,6 @@ class Metrics:
             "Completion tokens that count in usage.",
             registry=registry,
         )
-        self.overrun_tokens = Counter(
-            "kvik_overrun_tokens",
-            "Tokens generated and thrown away: behind a stop string, or for a client that left.",
-            registry=registry,
-        )
         self.preemptions = Counter(
             "kvik_num_preemptions",
             "Generations put back to wait because the KV cache was full.",
@@ -292,8 +294,9 @@ class Metrics:
     def record_step(self, output: StepOutput) -> None:
         """Take in what the engine says after a step."""
         stats, last = output.stats, self.stats
-        self.iteration_tokens.observe(stats.num_scheduled_tokens)
-        self.iteration_sequences.observe(stats.num_running)
+        if stats.num_scheduled_tokens:  # or an abort changed the counts, and it was no step
+            self.iteration_tokens.observe(stats.num_scheduled_tokens)
+            self.iteration_sequences.observe(stats.num_running)
         for counter, now, before in (
             (self.preemptions, stats.num_preemptions, last.num_preemptions),
             (

@@ -57,6 +57,11 @@ class CompletionEngine(Protocol):
         ...
 
     @property
+    def num_dropped_tokens(self) -> int:
+        """Tokens that came for what had been given up."""
+        ...
+
+    @property
     def seconds_without_sign(self) -> float:
         """How long it has had work and shown no sign of life."""
         ...
@@ -179,6 +184,7 @@ class Service:
         self.engine = engine
         self.metrics = Metrics(n_ctx=model.n_ctx)
         self.metrics.seconds_without_sign = lambda: engine.seconds_without_sign
+        self.metrics.num_dropped_tokens = lambda: engine.num_dropped_tokens
         self.metrics.num_restarts = lambda: engine.num_restarts
         self.metrics.state = lambda: engine.state
         self.admission = Admission(

@@ -58,12 +58,14 @@ class FakeEngine:
         self.reason = ""
         self.facts: Ready | None = FACTS
         self.num_restarts = 0
+        self.num_dropped_tokens = 0
         self.seconds_without_sign = 0.0
         self.submitted: list[Submitted] = []
         self.running = asyncio.Event()
         self.running.set()
         self.failure: Exception | None = None  # ends a stream after its first token
         self.bad_choice: int | None = None  # whose logits are not finite
+        self.tokens_together = 1  # steps whose tokens arrive at once
         self._tasks: set[asyncio.Task[None]] = set()
 
     def submit(
@@ -104,7 +106,9 @@ class FakeEngine:
                 request.stream.put(0, TokenOutput(seq_id=0, prompt_logprobs=tops))
         for step in range(max(1, params.max_tokens)):
             await self.running.wait()
-            for _ in range(20):  # so that a step's tokens have left before the next step's come
+            for _ in range(
+                20 if step % self.tokens_together == 0 else 0
+            ):  # so that a step's tokens have left before the next step's come
                 await asyncio.sleep(0)
             if self.failure is not None and step == 1:
                 request.stream.finish(self.failure)

@@ -81,6 +81,19 @@ def test_tokens_count_as_usage_does_and_what_ran_past_a_stop_apart(serve: Serve)
     assert value(metrics, "kvik_prompt_tokens_total", source="computed") == 1
 
 
+def test_tokens_that_ran_past_a_stop_are_counted_apart(serve: Serve) -> None:
+    with serve() as (client, service):
+        engine: Any = service.engine
+        engine.tokens_together = 4
+        engine.num_dropped_tokens = 5  # that the engine's client kept to itself
+        usage = post(client, max_tokens=8, stop="b").json()["usage"]
+        metrics = service.metrics
+
+    assert usage["completion_tokens"] == 2
+    assert value(metrics, "kvik_generation_tokens_total") == 2
+    assert value(metrics, "kvik_overrun_tokens_total") == 2 + 5
+
+
 def test_latencies_are_observed_once_a_prompt_and_once_a_token(serve: Serve) -> None:
     with serve() as (client, service):
         post(client, prompt=["a", "b"], n=2, max_tokens=5)
