@@ -18,7 +18,8 @@ class Sequence:
     a prompt half in the cache and a preempted sequence are all just further behind.
 
     The scheduler writes `state`, `finish_reason`, the counts and, by appending, `token_ids`;
-    the block manager extends `block_hashes`; nobody else writes anything.
+    the block manager extends `block_hashes`; the engine notes `scheduled_at`; nobody else writes
+    anything.
     """
 
     __slots__ = (
@@ -35,6 +36,7 @@ class Sequence:
         "priority",
         "request_id",
         "salt",
+        "scheduled_at",
         "seq_id",
         "state",
         "stop_token_ids",
@@ -80,6 +82,7 @@ class Sequence:
         self.num_computed_tokens = 0  # tokens whose K and V are in the cache
         self.num_cached_tokens = 0  # prompt tokens another request had computed (for `usage`)
         self.num_preemptions = 0
+        self.scheduled_at = 0.0  # time.monotonic() of its first step; the engine writes it
         if self.num_prompt_tokens > n_ctx:
             raise PromptTooLong(num_tokens=self.num_prompt_tokens, n_ctx=n_ctx)
         assert self.num_prompt_tokens, "a prompt has at least one token: bos, if nothing else"

@@ -1,0 +1,1 @@
+"""Measurements: the engine alone, servers over HTTP; every number in the docs comes from here."""

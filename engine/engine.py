@@ -1,0 +1,202 @@
+"""The engine: schedule, execute, update. Synchronous and in-process; token ids in, token ids out.
+
+Knows no text, no HTTP and no processes; `worker.py` gives it one of its own.
+"""
+
+import time
+from collections.abc import Iterator
+
+from engine.batch import BatchBuilder
+from engine.block_manager import BlockManager
+from engine.config import EngineConfig
+from engine.flight_recorder import FlightRecorder
+from engine.kv_cache import KVCache
+from engine.messages import Abort, Choice, StepOutput, StepStats, Submit, TokenOutput
+from engine.model_runner import AttentionFactory, ModelRunner, StepResult
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Outcome, ScheduledBatch, Scheduler
+from engine.sequence import Sequence
+from engine.validation import check_request
+from model.gpt import GPT
+
+
+class Engine:
+    """Continuous batching of one model over a paged KV cache."""
+
+    def __init__(
+        self,
+        model: GPT,
+        config: EngineConfig,
+        *,
+        num_blocks: int,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        weights_id: bytes = b"",
+        attention: AttentionFactory | None = None,
+    ) -> None:
+        """Take over a model in evaluation mode and allocate its cache.
+
+        `vocab_size` is the tokenizer's: ids from there on are padding. `weights_id` keys the
+        prefix cache. Raises CacheTooSmall if `num_blocks` hold less than one context.
+        """
+        self.n_ctx = model.config.n_ctx
+        self.vocab_size = vocab_size
+        weight = model.wte.weight
+        self._block_manager = BlockManager(
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            enable_prefix_cache=config.enable_prefix_cache,
+            share_completion_blocks=config.share_completion_blocks,
+            weights_id=weights_id,
+        )
+        self._scheduler = Scheduler(
+            config, self._block_manager, n_ctx=self.n_ctx, eos_ids=eos_token_ids
+        )
+        self._runner = ModelRunner(
+            model,
+            KVCache(
+                model.config,
+                num_blocks=num_blocks,
+                block_size=config.block_size,
+                dtype=weight.dtype,
+                device=weight.device,
+            ),
+            BatchBuilder(
+                self._block_manager,
+                max_num_sequences=config.max_num_sequences,
+                n_ctx=self.n_ctx,
+                device=weight.device,
+            ),
+            vocab_size=vocab_size,
+            eos_token_ids=eos_token_ids,
+            attention=attention,
+        )
+        self._next_seq_id = 0  # for `generate`
+        self.last_step_at = time.monotonic()  # when the last step ended
+        self.kernel_seconds = 0.0  # of the last step, in model, head and sampler
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do until a request comes."""
+        return self._scheduler.is_idle
+
+    @property
+    def seconds_since_last_step(self) -> float:
+        """The age of the last step; also grows while there is nothing to do."""
+        return time.monotonic() - self.last_step_at
+
+    def add(self, request: Submit) -> None:
+        """Let a request wait for its turn. Raises PromptTooLong, TokenOutOfRange."""
+        check_request(
+            request.prompt_ids, request.params, n_ctx=self.n_ctx, vocab_size=self.vocab_size
+        )
+        for choice in request.choices:
+            self._scheduler.add(
+                Sequence(
+                    seq_id=choice.seq_id,
+                    request_id=request.request_id,
+                    choice=choice.index,
+                    prompt_ids=request.prompt_ids,
+                    completion_ids=choice.completion_ids,
+                    params=request.params,
+                    n_ctx=self.n_ctx,
+                    salt=request.salt,
+                    priority=request.priority,
+                )
+            )
+
+    def abort(self, abort: Abort) -> None:
+        """Give up a request or one of its choices; nothing happens if it has ended."""
+        self._scheduler.abort(abort.request_id, abort.choice)
+
+    def step(self, recorder: FlightRecorder | None = None) -> StepOutput | None:
+        """Advance every running sequence by one batch; None when there was nothing to do.
+
+        Raises what the machine raises; the step is then taken back and may be tried again.
+        """
+        batch = self._scheduler.schedule()
+        if not batch.sequences:
+            return None
+        if recorder is not None:
+            recorder.start_step([sequence.seq_id for sequence in batch.sequences])
+        now = time.monotonic()
+        for sequence in batch.sequences[len(batch.sequences) - batch.num_admitted :]:
+            sequence.scheduled_at = sequence.scheduled_at or now  # the first time counts
+        try:
+            result = self._runner.execute(batch)
+        except BaseException:
+            self._scheduler.fail(batch)
+            raise
+        outcomes = self._scheduler.update(batch, result.draws, result.failed_rows)
+        self.last_step_at = time.monotonic()
+        self.kernel_seconds = result.kernel_seconds
+        if recorder is not None:
+            recorder.end_step()
+        return self._report(batch, result, outcomes)
+
+    def generate(
+        self, prompt_ids: list[int], params: SamplingParams, *, num_choices: int = 1
+    ) -> Iterator[tuple[int, TokenOutput]]:
+        """Run one request by itself, yielding (choice, output) as they come."""
+        first = self._next_seq_id
+        self._next_seq_id += num_choices
+        choices = [Choice(seq_id=first + index, index=index) for index in range(num_choices)]
+        request_id = f"generate-{first}"
+        self.add(
+            Submit(request_id=request_id, prompt_ids=prompt_ids, choices=choices, params=params)
+        )
+        try:
+            while (output := self.step()) is not None:
+                for token in output.outputs:
+                    yield token.seq_id - first, token
+        finally:
+            self.abort(Abort(request_id=request_id))  # if the caller had enough
+
+    def is_batch_invariant(self) -> bool:
+        """Whether a row comes out in the same bytes however many come with it, as measured now."""
+        return self._runner.is_batch_invariant()
+
+    def counts(self) -> StepOutput:
+        """The counts alone: an abort changed them, and no step will tell."""
+        return StepOutput(outputs=[], stats=self._stats(0))
+
+    def _report(
+        self, batch: ScheduledBatch, result: StepResult, outcomes: list[Outcome]
+    ) -> StepOutput:
+        outputs = [self._describe(result, outcome) for outcome in outcomes]
+        told = {outcome.row for outcome in outcomes}
+        for row, logprobs in result.prompt_logprobs.items():
+            if row not in told:  # a chunk of a prompt that is not through yet
+                seq_id = batch.sequences[row].seq_id
+                outputs.append(TokenOutput(seq_id=seq_id, prompt_logprobs=logprobs))
+        return StepOutput(outputs=outputs, stats=self._stats(batch.num_tokens))
+
+    def _stats(self, num_scheduled_tokens: int) -> StepStats:
+        scheduler, blocks = self._scheduler, self._block_manager
+        return StepStats(
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            num_free_blocks=blocks.num_free_blocks,
+            num_cached_blocks=blocks.num_cached_blocks,
+            num_used_blocks=blocks.num_used_blocks,
+            num_scheduled_tokens=num_scheduled_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_prefix_query_tokens=scheduler.num_prefix_query_tokens,
+            num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
+        )
+
+    def _describe(self, result: StepResult, outcome: Outcome) -> TokenOutput:
+        sequence = outcome.sequence
+        has_failed = sequence.finish_reason == "error"
+        tells_all = sequence.is_finished or sequence.num_completion_tokens == 1
+        return TokenOutput(
+            seq_id=sequence.seq_id,
+            token_id=outcome.token_id,
+            finish_reason=sequence.finish_reason,
+            logprobs=result.logprobs.get(outcome.row),
+            prompt_logprobs=result.prompt_logprobs.get(outcome.row),
+            error="The model's logits were not finite for this sequence." if has_failed else None,
+            num_cached_tokens=sequence.num_cached_tokens if tells_all else 0,
+            num_preemptions=sequence.num_preemptions if tells_all else 0,
+            scheduled_at=sequence.scheduled_at if tells_all else 0.0,
+        )
