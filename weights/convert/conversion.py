@@ -53,6 +53,7 @@ def convert(
     if os.path.lexists(destination):
         raise CheckpointError(f"{destination} exists already; name another place or remove it.")
     try:
+        before = _stamps(source)
         foreign = read_foreign(source, activation)
         found = find_tokenizer(
             foreign, directory=tokenizer_directory, meta=meta, without=without_tokenizer
@@ -71,6 +72,7 @@ def convert(
             if foreign.huggingface is not None and (keeps_files or found.tokenizer is None):
                 _keep_huggingface(foreign.huggingface, partial, tokenizer=keeps_files)
             _check_usable(partial, source)
+            _check_unchanged(foreign.path, before)
             written = sorted(f"{p.name} ({p.stat().st_size:,} bytes)" for p in partial.iterdir())
     except OSError as error:
         raise CheckpointError(f"{destination} cannot be written: {error.strerror}.") from error
@@ -88,6 +90,26 @@ def _check_usable(partial: Path, source: Path) -> None:
         read_layout(partial)
     except CheckpointError as error:
         raise CheckpointError(f"{source} would make no usable checkpoint: {error}") from error
+
+
+def _stamps(source: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of a file, or of every file in a directory."""
+    files = [file for file in source.iterdir() if file.is_file()] if source.is_dir() else [source]
+    return {file: _stamp(file) for file in files if file.exists()}
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _check_unchanged(path: Path, before: dict[Path, tuple[int, int]]) -> None:
+    """Refuse a mixture: nanoGPT writes each checkpoint over the last, and ours is a map of it."""
+    if path in before and _stamp(path) != before[path]:
+        raise CheckpointError(
+            f"{path} was written to while it was read. Is training still running? Copy the file "
+            "between two checkpoints, or try again."
+        )
 
 
 def _choose_vocab_size(rows: int, found: FoundTokenizer, changed: list[str]) -> int:
