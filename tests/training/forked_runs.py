@@ -75,8 +75,7 @@ def broken_checkpoints(run: Path) -> list[Path]:
     return [
         path
         for path in [*links, *(run / "checkpoints").glob("step-*")]
-        if len(list(path.glob("*.safetensors"))) != 2
-        or not (path / "training_state.json").exists()
+        if len(list(path.glob("*.safetensors"))) != 2 or not (path / "training_state.json").exists()
     ]
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from model.attention import CausalAttention
 from model.gpt import GPT
 from model.score import log_likelihood
-from tests.training.tiny import begin, losses, make_data, metrics, resume, train
+from tests.training.tiny import begin, losses, make_data, metrics, resume, text, train
 from training.config import PRESETS, Value, resolve
 from training.data import TokenSplit, load_dataset
 from training.display import LogDisplay
@@ -115,6 +115,19 @@ def test_accumulated_micro_steps_equal_one_big_batch(
     # size, so that their rounding shows: an absolute tolerance of 5% of one step's length.
     for name, parameter in big.model.named_parameters():
         torch.testing.assert_close(small.model.get_parameter(name), parameter, rtol=1e-4, atol=5e-5)
+
+
+def test_dropout_depends_on_step_and_micro_step_and_nothing_else(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", text(100))
+    n_ctx = len(load_dataset(data).train) - 1  # a single window, the same for every step
+    one = begin(tmp_path / "one", data, batch=1, n_ctx=n_ctx, dropout=0.5)
+    two = begin(tmp_path / "two", data, batch=1, n_ctx=n_ctx, dropout=0.5, accumulation=2)
+
+    losses_of_steps = [one.gradient(step)[0] for step in (0, 1, 2, 0)]
+
+    assert len(set(losses_of_steps)) == 3
+    assert losses_of_steps[3] == losses_of_steps[0]
+    assert two.gradient(0)[0] != losses_of_steps[0]
 
 
 def unigram_entropy(content: str) -> float:

@@ -43,10 +43,14 @@ def kvik_prepare(*arguments: object) -> Result:
 
 @pytest.fixture(scope="session")
 def bpe_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> BytePairTokenizer:
+    # With runs of white space, so that tokens are learned that a cut could break.
     directory = tmp_path_factory.mktemp("bpe")
-    files = write(directory, book=text(5000))
+    files = write(
+        directory, book=text(5000).replace("hill\n", "hill\n\n\n  ").replace("\n", "\n\n")
+    )
     dataset = prepared(directory / "data", files, tokenizer="bpe:280")
     assert isinstance(dataset.tokenizer, BytePairTokenizer)
+    assert len(dataset.tokenizer.encode("\n\n\n")) < 3
     return dataset.tokenizer
 
 

@@ -179,13 +179,44 @@ def test_run_stopped_after_any_step_resumes_bit_for_bit(
     trainer.train()
     assert trainer.state.step == step
 
-    resume(run).train()
+    resumed = resume(run)
+    assert resumed.state.step == step
+    resumed.train()
 
     assert metrics(run) == metrics(undisturbed)
     assert (run / "samples.jsonl").read_bytes() == (undisturbed / "samples.jsonl").read_bytes()
     assert (run / "best").readlink() == (undisturbed / "best").readlink()
     for path in (undisturbed / "latest").iterdir():
         assert (run / "latest" / path.name).read_bytes() == path.read_bytes()
+
+
+class CrashingDisplay(LogDisplay):
+    """Ends the run without a save once a certain step is done."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def advance(self, step: int) -> None:
+        if step == self._step:
+            raise InterruptedError
+
+
+def test_evaluation_lost_in_a_crash_after_a_stop_is_recorded_once(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    stop = StopRequest()
+    settings = {**SHAPE, **SETTINGS}
+    display = StoppingDisplay(stop, 4)
+    start_run(run, settings, data=data, init=None, display=display, stop=stop).train()
+    again = resume_run(run, {}, data=None, display=CrashingDisplay(5), stop=StopRequest())
+    with pytest.raises(InterruptedError):
+        again.train()
+
+    resume(run).train()
+
+    assert metrics(run) == metrics(undisturbed)
+    assert (run / "samples.jsonl").read_bytes() == (undisturbed / "samples.jsonl").read_bytes()
 
 
 def test_looking_more_often_changes_no_weight(
