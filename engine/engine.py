@@ -152,6 +152,13 @@ class Engine:
         finally:
             self.abort(Abort(request_id=request_id))  # if the caller had enough
 
+    def warm_up(self) -> None:
+        """Compile and load what a first step would, before anyone waits for it."""
+        # Prompt logprobs, because a request with them leaves no trace in the prefix cache's counts.
+        params = SamplingParams(max_tokens=2, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+        for _ in self.generate([0, 0], params):
+            pass
+
     def is_batch_invariant(self) -> bool:
         """Whether a row comes out in the same bytes however many come with it, as measured now."""
         return self._runner.is_batch_invariant()

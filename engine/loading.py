@@ -61,6 +61,7 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
             f"The KV cache of {plan.kv_cache_bytes / 1e6:.0f} MB could not be allocated "
             f"({error}): lower kv_cache_bytes or num_blocks."
         ) from error
+    engine.warm_up()
     ready = Ready(
         pid=os.getpid(),
         device=str(device),

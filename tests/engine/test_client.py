@@ -159,7 +159,7 @@ async def test_only_the_request_that_kills_the_engine_alone_is_failed(
 @in_time
 async def test_a_hung_worker_is_replaced(launch: LaunchConfig) -> None:
     wanted = requests(3, 400)
-    async with started(launch, hang_seconds=1.0) as client:
+    async with started(launch, hang_seconds=3.0) as client:
         tasks = submit_all(client, wanted)
         await asyncio.sleep(0.1)
         kill_worker(client, signal.SIGSTOP)
@@ -171,8 +171,8 @@ async def test_a_hung_worker_is_replaced(launch: LaunchConfig) -> None:
 
 @in_time
 async def test_an_idle_worker_is_not_taken_for_hung(launch: LaunchConfig) -> None:
-    async with started(launch, hang_seconds=0.3) as client:
-        await asyncio.sleep(1.0)
+    async with started(launch, hang_seconds=2.0) as client:
+        await asyncio.sleep(3.0)
         stream = client.submit("late", [1, 2, 3], params(0, 5))
 
         assert len(await tokens_of(stream)) == 5
