@@ -114,13 +114,8 @@ class ModelRunner:
         for row, is_finite in zip(batch.sampled_rows, sampled.is_finite.tolist(), strict=True):
             if not is_finite:
                 result.failed_rows.append(row)
-        if sampled.logprobs is not None:
-            for place, found in zip(sampled.logprob_rows, sampled.logprobs.tolist(), strict=True):
-                num_top = rows[place].params.logprobs
-                logprob, ids, logprobs = found  # as many as the greediest row asked for
-                result.logprobs[batch.sampled_rows[place]] = TopLogprobs(
-                    logprob=logprob, token_ids=ids[:num_top], logprobs=logprobs[:num_top]
-                )
+        for place, (logprob, token_ids, logprobs) in sampled.logprobs_by_row().items():
+            result.logprobs[batch.sampled_rows[place]] = TopLogprobs(logprob, token_ids, logprobs)
         return result
 
     def _sampling_row(self, sequence: Sequence) -> SamplingRow:

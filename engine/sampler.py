@@ -1,0 +1,211 @@
+"""Logits in, one token a row out, each row as its request wants it; knows no model and no queue.
+
+The order: allowed ids, bias, min_tokens; penalties; then `engine.draw`: temperature, top_k, top_p,
+min_p, typical_p. Logprobs are of the raw distribution, before any of it. Rows that want the same
+kind of work share it; whatever is computed for a row is independent of the others, bitwise.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.draw import CHUNK, Filters, draw, lowest_argmax
+from engine.draw_gathered import draw_gathered
+from engine.random_stream import NoiseKeys
+from engine.sampling_params import SamplingParams
+from engine.sampling_row import Ids, SamplingRow
+
+_SLAB = 32  # rows worked on at a time: what they need together stays in a processor's caches
+_LARGEST = torch.finfo(torch.float32).max
+_COLDEST = 1e-30  # colder is as good as greedy, and division by it leaves float32
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Logprobs of N tokens, each among all of its vocabulary, and the K most probable instead."""
+
+    logprobs: Tensor  # (N,) float32
+    top_ids: Tensor  # (N, K), the most probable first, the lower id first among equals
+    top_logprobs: Tensor  # (N, K)
+
+    def tolist(self) -> list[tuple[float, list[int], list[float]]]:
+        """Read them to the host: for each token its logprob, and ids and logprobs of the top."""
+        columns = (self.logprobs.tolist(), self.top_ids.tolist(), self.top_logprobs.tolist())
+        return list(zip(*columns, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """What came of R rows. Where `is_finite` is False the token id is 0 and means nothing."""
+
+    token_ids: Tensor  # (R,) int64
+    is_finite: Tensor  # (R,) bool: neither NaN nor infinity is the highest logit
+    num_top: dict[int, int]  # rows that asked for logprobs, ascending, and for how many others
+    logprobs: TokenLogprobs | None  # theirs, with as many alternatives as any of them asked for
+
+    def logprobs_by_row(self) -> dict[int, tuple[float, list[int], list[float]]]:
+        """Read the logprobs to the host: of each asking row what it asked for."""
+        if self.logprobs is None:
+            return {}
+        return {
+            place: (logprob, ids[:count], tops[:count])
+            for (place, count), (logprob, ids, tops) in zip(
+                self.num_top.items(), self.logprobs.tolist(), strict=True
+            )
+        }
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
+    """Choose a token for each row from its logits (R, V) float32, which are left as they are.
+
+    V is the number of ids the tokenizer knows: of a padded vocabulary pass `logits[:, :V]`, and no
+    padding is ever drawn or counted. Unless some row has logprobs or penalties to be computed,
+    nothing is read back to the host on a device other than a CPU.
+    """
+    token_ids, best = lowest_argmax(logits)
+    is_finite = best.isfinite()
+    for places in _slabs(rows, logits.shape[1]):
+        chosen = _choose(logits, [rows[place] for place in places], places)
+        token_ids[_index(places, logits.device)] = chosen
+    token_ids = token_ids.masked_fill(~is_finite, 0)
+
+    wanted = ((place, row.params.logprobs) for place, row in enumerate(rows))
+    num_top = {place: count for place, count in wanted if count is not None}
+    logprobs = None
+    if num_top:
+        index = _index(list(num_top), logits.device)
+        logprobs = token_logprobs(logits[index], token_ids[index], max(num_top.values()))
+    return SampledTokens(token_ids, is_finite, num_top, logprobs)
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> TokenLogprobs:
+    """Compute the logprobs of given tokens (N,), and the `num_top` highest, from logits (N, V).
+
+    For the prompt's tokens too: the logits of position p with the token at p + 1. Rows that are
+    not finite give NaN.
+    """
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(1, token_ids[:, None])[:, 0]
+    # topk leaves the order among equals open. No logprob is above 0, so the bits of its absolute
+    # value grow as it falls: with the id below them they make keys that are never equal.
+    keys = logprobs.abs().view(torch.int32).long().bitwise_left_shift_(32)
+    keys |= torch.arange(logits.shape[1], device=logits.device)
+    top_ids = keys.topk(min(num_top, logits.shape[1]), largest=False).values & 0xFFFFFFFF
+    return TokenLogprobs(chosen, top_ids, logprobs.gather(1, top_ids))
+
+
+def _slabs(rows: Sequence[SamplingRow], vocab_size: int) -> Iterator[list[int]]:
+    """Group the rows for which the highest logit is not the answer, at most _SLAB at a time."""
+    greedy: list[int] = []
+    plain: list[int] = []
+    filtered: list[int] = []
+    for place, row in enumerate(rows):
+        if not row.params.is_greedy:
+            (filtered if _is_filtered(row.params, vocab_size) else plain).append(place)
+        elif row.is_edited:
+            greedy.append(place)
+    for group in (greedy, plain, filtered):
+        for start in range(0, len(group), _SLAB):
+            yield group[start : start + _SLAB]
+
+
+def _choose(logits: Tensor, rows: list[SamplingRow], places: list[int]) -> Tensor:
+    """Choose the token (n,) of rows that are all greedy, all filtered or neither."""
+    vocab_size, device = logits.shape[1], logits.device
+    width = -(-vocab_size // CHUNK) * CHUNK if device.type == "cpu" else vocab_size
+    edited = logits.new_empty((len(rows), width))
+    edited[:, vocab_size:] = -math.inf
+    first, last = places[0], places[-1] + 1
+    neighbours = len(places) == last - first
+    edited[:, :vocab_size] = logits[first:last] if neighbours else logits[_index(places, device)]
+    _edit(edited, rows)
+    if rows[0].params.is_greedy:
+        return lowest_argmax(edited)[0]
+    params = [row.params for row in rows]
+    temperatures = [max(one.temperature, _COLDEST) for one in params]
+    temperature = torch.tensor(temperatures, dtype=torch.float64, device=device)
+    # The token to be drawn stands where the sequence ends now.
+    drawn = [(row.params.seed, row.choice, row.num_tokens) for row in rows]
+    keys = NoiseKeys(*torch.tensor(drawn, device=device).unbind(1))
+    filters = _filters(params, vocab_size, device) if _is_filtered(params[0], vocab_size) else None
+    choose = draw_gathered if device.type == "cpu" else draw
+    return choose(edited, temperature, keys, filters)
+
+
+def _is_filtered(params: SamplingParams, vocab_size: int) -> bool:
+    has_top_k = 0 < params.top_k < vocab_size
+    return has_top_k or params.top_p < 1 or params.min_p > 0 or params.typical_p < 1
+
+
+def _filters(params: list[SamplingParams], vocab_size: int, device: torch.device) -> Filters:
+    top_k = [min(one.top_k or vocab_size, vocab_size) for one in params]
+    shares = [(one.top_p, one.min_p, one.typical_p) for one in params]
+    top_p, min_p, typical_p = torch.tensor(shares, dtype=torch.float64, device=device).unbind(1)
+    return Filters(
+        torch.tensor(top_k, device=device),
+        top_p,
+        min_p,
+        typical_p,
+        largest_top_k=max((k for k in top_k if k < vocab_size), default=0),
+        has_top_p=any(one.top_p < 1 for one in params),
+        has_typical_p=any(one.typical_p < 1 for one in params),
+    )
+
+
+def _edit(logits: Tensor, rows: list[SamplingRow]) -> None:
+    """Apply to logits (n, V), in place and where asked for, what precedes the temperature."""
+    allowed = {i: row.allowed_ids for i, row in enumerate(rows) if row.allowed_ids is not None}
+    if allowed:
+        at = _at(allowed, logits)
+        kept = logits[at]
+        logits[list(allowed)] = -math.inf
+        logits[at] = kept
+    biased = {i: row.bias_ids for i, row in enumerate(rows) if len(row.bias_ids)}
+    if biased:
+        biases = np.concatenate([rows[i].biases for i in biased])
+        logits[_at(biased, logits)] += torch.from_numpy(biases).to(logits.device)
+    banned = {i: row.banned_ids for i, row in enumerate(rows) if row.has_bans}
+    if banned:
+        logits[_at(banned, logits)] = -math.inf
+    if any(row.has_penalties for row in rows):
+        _penalise(logits, rows)
+
+
+def _penalise(logits: Tensor, rows: list[SamplingRow]) -> None:
+    """Apply the penalties to logits (n, V), in place.
+
+    Repetition (Keskar et al., 2019, arXiv:1909.05858; as transformers applies it) multiplies how
+    unlikely a seen token is; presence and frequency (OpenAI) are subtracted. In float64, so that
+    no penalty makes an infinity of a finite logit.
+    """
+    seen = {i: row.seen[0] for i, row in enumerate(rows) if row.has_penalties}
+    at = _at(seen, logits)
+    counts = np.concatenate([rows[i].seen[1] for i in seen])
+    lengths = [len(ids) for ids in seen.values()]
+    penalties = [
+        (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        for params in (rows[i].params for i in seen)
+    ]
+    repetition, presence, frequency = np.repeat(np.array(penalties), lengths, axis=0).T
+    subtracted = torch.from_numpy(presence * (counts > 0) + frequency * counts)
+    factor = torch.from_numpy(repetition.copy()).to(logits.device)
+    before = logits[at].double()
+    after = torch.where(before > 0, before / factor, before * factor)
+    after = (after - subtracted.to(logits.device)).clamp(-_LARGEST, _LARGEST)
+    logits[at] = after.where(before != -math.inf, before).float()
+
+
+def _at(ids: dict[int, Ids], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Index the given ids of some rows: row and id of each, (n,) and (n,)."""
+    row = np.repeat(np.array(list(ids)), [len(part) for part in ids.values()])
+    column = np.concatenate(list(ids.values()))
+    assert not len(column) or 0 <= column.min() <= column.max() < logits.shape[1], "ids are checked"
+    return torch.from_numpy(row).to(logits.device), torch.from_numpy(column).to(logits.device)
+
+
+def _index(places: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(places, device=device)
