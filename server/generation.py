@@ -90,10 +90,13 @@ class PromptRun:
         model: ServedModel,
         body: CompletionRequest,
         *,
+        place: int,
         token_ids: list[int],
         text: str,
         seed: int,
     ) -> None:
+        """Take a prompt's ids, the text they stand for, and its place among the prompts."""
+        self.place = place
         self.model = model
         self.body = body
         self.token_ids = token_ids

@@ -184,12 +184,14 @@ async def start_completion(service: Service, account: Account, body: CompletionR
         num_prompt_tokens=sum(map(model.estimate_tokens, prompts)),
     )
     account.note("admitted")
-    runs = []
+    runs: list[PromptRun] = []
     for prompt in prompts:
         token_ids, text = await read_prompt(model, body, prompt)
         # An explicit seed applies to each prompt, so that a batch equals its prompts alone.
         seed = secrets.randbits(53) if body.seed is None else body.seed
-        runs.append(PromptRun(model, body, token_ids=token_ids, text=text, seed=seed))
+        runs.append(
+            PromptRun(model, body, place=len(runs), token_ids=token_ids, text=text, seed=seed)
+        )
     account.note("tokenized")
     num_prompt_tokens = sum(len(run.token_ids) for run in runs)
     account.permit.correct(num_prompt_tokens)

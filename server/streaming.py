@@ -95,15 +95,11 @@ class Frames:
         for choice in choices:
             delta = choice.take_delta()
             if delta is not None:
-                index = self._places[id(choice.run)] * n + choice.index
+                index = choice.run.place * n + choice.index
                 frames += [self._prefix, self._choice(index, choice.run, delta), self._end]
         if frames and self._generation.is_finished and not self._includes_usage:
             frames[-1] = b'],"timings":' + encode(self._generation.timings()) + b"}\n\n"
         return b"".join(frames)
-
-    @property
-    def _places(self) -> dict[int, int]:
-        return {id(run): place for place, run in enumerate(self._generation.runs)}
 
     def _choice(self, index: int, run: PromptRun, delta: Delta) -> bytes:
         if delta.finish_reason is None and delta.logprobs is None and delta.token_ids is None:

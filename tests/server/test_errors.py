@@ -303,13 +303,16 @@ def test_a_choice_whose_logits_are_not_finite_fails_its_request_alone(serve: Ser
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_timeout_s_is_a_504_or_an_error_event(serve: Serve, stream: bool) -> None:
+@pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
+def test_timeout_s_is_a_504_or_an_error_event(serve: Serve, stream: bool, prompt: Any) -> None:
     with serve() as (client, service):
         service.engine.running.clear()
-        reply = client.post(URL, json={**GOOD, "timeout_s": 0.05, "stream": stream})
-        (request,) = service.engine.submitted
+        reply = client.post(
+            URL, json={**GOOD, "prompt": prompt, "timeout_s": 0.05, "stream": stream}
+        )
+        requests = service.engine.submitted
 
-    assert request.is_closed
+    assert all(request.is_closed for request in requests)
     if stream:
         assert reply.status_code == 200
         event, rest = reply.text.split("\n\n")
