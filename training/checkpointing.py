@@ -72,9 +72,18 @@ class Journal:
         self._path = path
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line; what was added before a checkpoint is on the disk with it, see `sync`."""
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        """Add a line; what was added before a checkpoint is on the disk with it, see `sync`.
+
+        Raises RunError; a line torn by it is dropped on resuming.
+        """
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(line)
+        except OSError as error:
+            raise RunError(
+                f"{self._path} cannot be written: {error.strerror}. The last checkpoint stands."
+            ) from error
 
     def sync(self) -> None:
         """Bring every line to the disk."""
@@ -148,7 +157,11 @@ class RunDirectory:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other processes from training in it; raises RunError if one does already."""
-        with (self.path / ".lock").open("a") as lock:
+        try:
+            lock = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written: {error.strerror}.") from error
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -247,12 +260,18 @@ class RunDirectory:
         return state, threads
 
     def tidy(self, config: TrainingConfig, state: TrainingState) -> None:
-        """Bring the directory to the state a run resumes from: what came after it is dropped."""
-        for leftover in self._checkpoints.glob(f".{_PREFIX}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        self.metrics.keep(state)
-        self.samples.keep(state)
-        replace_file(self.path / CONFIG_FILE, format_toml(config))
+        """Bring the directory to the state a run resumes from: what came after it is dropped.
+
+        Raises RunError.
+        """
+        try:
+            for leftover in self._checkpoints.glob(f".{_PREFIX}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            self.metrics.keep(state)
+            self.samples.keep(state)
+            replace_file(self.path / CONFIG_FILE, format_toml(config))
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written: {error.strerror}.") from error
 
     def _checkpoint(self, step: int) -> Path:
         return self._checkpoints / f"{_PREFIX}{step:08}"

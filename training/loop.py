@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from model.attention import Attend, CausalAttention
 from model.generate import generate, sample
@@ -97,7 +98,7 @@ class Trainer:
     def train(self) -> None:
         """Train to max_steps, or until a stop is asked for; either way the last state is saved.
 
-        Raises DivergedError, RunError or DataError; the last checkpoint then stands.
+        Raises a TrainingError; the last checkpoint then stands.
         """
         state, config = self.state, self.config
         with self._run.held():
@@ -105,6 +106,12 @@ class Trainer:
             self._display.begin(state.step, config.max_steps)
             try:
                 self._loop()
+            except TorchDynamoException as error:
+                reason = str(error).partition("\n")[0]
+                raise ConfigError(
+                    f"compile is true and the model cannot be compiled here: {reason}. Resume with "
+                    "--compile false."
+                ) from error
             except torch.OutOfMemoryError as error:
                 raise RunError(
                     f"The device has too little memory for batch {config.batch}; halve --batch "

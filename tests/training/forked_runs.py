@@ -43,7 +43,11 @@ def kill_at(point: int, place: str) -> None:
 
     def watch(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal seen
-        if event in FILE_OPERATIONS and any(place in str(argument) for argument in arguments):
+        if event not in FILE_OPERATIONS:
+            return
+        # shutil.rmtree names what it removes by a bare name and the descriptor of its directory.
+        is_removed = event in ("os.remove", "os.rmdir") and arguments[1] != -1
+        if is_removed or any(place in str(argument) for argument in arguments):
             if seen == point:
                 os.kill(os.getpid(), signal.SIGKILL)
             seen += 1

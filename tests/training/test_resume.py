@@ -1,6 +1,7 @@
 """Stopped anywhere and resumed, a run is the run that was never stopped."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -309,6 +310,41 @@ def test_two_processes_do_not_train_in_one_directory(
 
     assert first.state.step == 7
     assert busy.state.step == 8
+
+
+class NarrowingDisplay(LogDisplay):
+    """Lets no file grow beyond a limit once a certain step is done, as a full disk would."""
+
+    def __init__(self, step: int, limit_bytes: int) -> None:
+        self._step = step
+        self._limit_bytes = limit_bytes
+
+    def advance(self, step: int) -> None:
+        if step == self._step:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self._limit_bytes, hard))
+
+
+@pytest.mark.parametrize("limit_bytes", [500, 10_000, 50_000])
+def test_save_that_fails_leaves_the_checkpoint_before(
+    data: Path, undisturbed: Path, tmp_path: Path, limit_bytes: int
+) -> None:
+    run = tmp_path / "run"
+    settings = {**SHAPE, **SETTINGS}
+    display = NarrowingDisplay(5, limit_bytes)
+    trainer = start_run(run, settings, data=data, init=None, display=display, stop=StopRequest())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    try:
+        with pytest.raises(
+            RunError, match=r"cannot be written|The last checkpoint is .*step-0000000[34]"
+        ):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    resume(run).train()
+    assert contents(run) == contents(undisturbed)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
