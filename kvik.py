@@ -192,17 +192,17 @@ def generate(
     typer.echo(prompt, nl=False)
     # Bytes become text as soon as they are whole characters: a token may end inside one.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    start, count, error = time.perf_counter(), 0, None
+    start, count, failure = time.perf_counter(), 0, None
     for _, output in engine.generate(prompt_ids, params):
-        error = output.error
+        failure = output.error
         if output.token_id is not None:
             count += 1
             if output.token_id not in layout.eos_token_ids:
                 typer.echo(decoder.decode(tokenizer.token_bytes(output.token_id)), nl=False)
                 sys.stdout.flush()
     typer.echo(decoder.decode(b"", final=True))
-    if error is not None:
-        fail(error)
+    if failure is not None:
+        fail(failure)
     seconds = time.perf_counter() - start
     console.print(f"[dim]{count} tokens, {count / seconds:.0f} tokens/s, seed {seed}[/]")
 
