@@ -59,13 +59,18 @@ def _view(tensor: Tensor) -> Array:
     return array
 
 
-@numba.njit(inline="always")
+# Plain functions to Python: the kernels close over them, and where a compiled function is closed
+# over, numba's cache on disk never finds the kernel again.
+_inlined = numba.extending.register_jitable(inline="always")
+
+
+@_inlined
 def _widen(bits: Any) -> Any:
     """The float32 that has a bfloat16's bits in its upper half."""
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-@numba.njit(inline="always")
+@_inlined
 def _narrow(value: Any) -> Any:
     """Round a float32 to bfloat16's bits, to nearest and ties to even; NaN stays one."""
     bits = np.float32(value).view(np.uint32)
@@ -75,7 +80,7 @@ def _narrow(value: Any) -> Any:
     return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
-@numba.njit(inline="always")
+@_inlined
 def _same(value: Any) -> Any:
     return value
 
