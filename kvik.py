@@ -749,6 +749,8 @@ def _size(num_bytes: float) -> str:
 
 def main() -> None:
     """Run the command line."""
+    # Before torch is imported; why, `_worker_environment` in engine/client.py tells.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 
