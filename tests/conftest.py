@@ -3,7 +3,6 @@ import os
 # Before torch is imported: threads that spin while they wait take the cores from each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# ruff: noqa: E402
 from pathlib import Path
 
 import pytest
