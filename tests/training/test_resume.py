@@ -81,7 +81,7 @@ def test_run_killed_at_any_file_operation_resumes_bit_for_bit(
     data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     # All the points take a minute; a prime stride visits operations of every kind.
-    stride = 1 if "KVIK_TEST_EVERY_KILL" in os.environ else 7
+    stride = 1 if "KVIK_TEST_EVERY_KILL" in os.environ else 11
 
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.forked_runs", data, tmp_path, "0", str(stride)],
