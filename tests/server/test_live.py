@@ -263,11 +263,10 @@ def test_timeout_s_ends_a_long_request(server: LiveServer) -> None:
     with server.client() as client:
         reply = client.post("/v1/completions", json=request(max_tokens=1000, timeout_s=0.2))
     stream = server.open_stream(max_tokens=1000, timeout_s=0.2)
-    text = stream.text()
+    stream.text()
     stream.close()
 
     assert reply.status_code == 504
-    assert text
     assert stream.error is not None
     assert stream.error["code"] == "timeout"
     assert not stream.is_done
