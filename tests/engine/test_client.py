@@ -111,10 +111,15 @@ async def test_killed_at_random_moments_every_request_continues_as_it_would_have
     wanted = requests(8, 400)
     moments = random.Random(5)
     async with started(launch) as client:
+        steps = asyncio.Event()
+        client.on_step = lambda output: steps.set()
         tasks = submit_all(client, wanted)
         for _ in range(4):
-            await asyncio.sleep(moments.uniform(0, 0.4))
-            if client.worker_pid is not None and not all(task.done() for task in tasks):
+            # Deaths before any step would be blamed on a request; these are not its fault.
+            steps.clear()
+            await steps.wait()
+            await asyncio.sleep(moments.uniform(0, 0.3))
+            if not all(task.done() for task in tasks):
                 kill_worker(client)
                 while client.state != EngineState.READY:
                     await asyncio.sleep(0.01)
