@@ -65,7 +65,7 @@ def keys(settings: Mapping[str, Value]) -> list[str]:
 
 
 def wait_for_losses(run: Path, count: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or len(losses(run)) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -143,10 +143,10 @@ def test_second_signal_leaves_at_once() -> None:
         "with StopRequest():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(600)\n"
     )
 
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False, timeout=50)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False, timeout=120)
 
     assert done.returncode == 130
 
