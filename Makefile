@@ -15,8 +15,8 @@ serve: .venv/.run  ## Serve the storyteller on http://127.0.0.1:8000.
 test: .venv/.test  ## Run the tests.
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
 
-test-clients: .venv/.test  ## Run what needs heavy or outside clients.
-	@echo "nothing here yet: it comes with the server"
+test-clients: .venv/.clients  ## Test the server with other people's clients.
+	.venv/bin/python -m pytest tests/clients $(PYTEST_ARGS)
 
 check: .venv/.test  ## Check formatting, lint and types.
 	.venv/bin/ruff format --check .
@@ -28,7 +28,7 @@ format: .venv/.test  ## Format the code and mend what ruff can mend.
 	.venv/bin/ruff check --fix .
 
 bench: .venv/.run  ## Measure decoding on this machine.
-	@echo "nothing here yet: it comes with the engine"
+	.venv/bin/kvik bench decode
 
 clean:  ## Remove the virtual environment and every cache.
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
@@ -43,4 +43,8 @@ clean:  ## Remove the virtual environment and every cache.
 
 .venv/.test: .venv/.run
 	$(PIP) -e '.[test]'
+	@touch $@
+
+.venv/.clients: .venv/.test
+	$(PIP) -e '.[clients]'
 	@touch $@
