@@ -97,6 +97,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_requests(self) -> int:
+        """Requests of which a choice is waiting or running."""
+        return len(self._requests)
+
+    @property
     def is_idle(self) -> bool:
         """Whether there is nothing to schedule."""
         return not self._waiting and not self._running

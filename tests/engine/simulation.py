@@ -272,6 +272,7 @@ class SimulatedEngine:
         block_size = self.config.block_size
         assert self.scheduler.num_running == len(running)
         assert self.scheduler.num_waiting == len(waiting)
+        assert self.scheduler.num_requests == len({s.request_id for s in running + waiting})
         assert self.scheduler.is_idle == (not running and not waiting)
 
         holders: dict[int, list[tuple[Sequence, int]]] = {}

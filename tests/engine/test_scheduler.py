@@ -175,6 +175,16 @@ def test_eos_and_stop_tokens_end_a_completion_and_belong_to_it(
     assert sequence.finish_reason == ("stop" if is_end else None)
 
 
+def test_a_step_that_brings_too_few_or_too_many_draws_is_refused() -> None:
+    for draws in ([], [1, 1]):
+        engine = make_engine()
+        engine.add([1])
+        batch = engine.schedule()
+
+        with pytest.raises(ValueError, match="zip"):
+            engine.scheduler.update(batch, draws)
+
+
 def test_a_stop_on_the_last_token_allowed_is_a_stop() -> None:
     engine = make_engine()
     sequence = engine.add([1], params=SamplingParams(max_tokens=1))
