@@ -86,7 +86,7 @@ def _typical_tokens(
     order = distance.sort(dim=-1, stable=True).indices
     weights = weights.gather(-1, order)
     before = weights.double().cumsum(-1) - weights
-    typical = kept.gather(-1, order) & (before < mass_goal(typical_p, total)[:, None])
+    typical = before < mass_goal(typical_p, total)[:, None]  # what was not kept comes too late
     return torch.empty_like(kept).scatter_(-1, order, typical)
 
 
@@ -126,9 +126,9 @@ def sum_of(masses: Tensor) -> Tensor:
 def mass_goal(p: Tensor, total: Tensor) -> Tensor:
     """Compute what a beginning of the order must reach: a token with less before it is kept.
 
-    The first token always is, and without a filter (p = 1) all are, the weightless ones too.
+    The first token always is. Weightless ones may not be: that is no loss, as they never win.
     """
-    return (p * total).clamp(min=0.5).masked_fill(p >= 1, math.inf)
+    return (p * total).clamp(min=0.5)
 
 
 def logit_at(x: Tensor | float, best: Tensor, temperature: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from engine.random_stream import NoiseKeys
 from engine.sampling_params import SamplingParams
 from engine.sampling_row import Ids, SamplingRow
 
-_SLAB = 32  # rows worked on at a time: what they need together stays in a processor's caches
+_CPU_SLAB = 32  # rows worked on at a time: what they need together stays in the caches
 _LARGEST = torch.finfo(torch.float32).max
 _COLDEST = 1e-30  # colder is as good as greedy, and division by it leaves float32
 
@@ -40,10 +40,14 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """What came of R rows. Where `is_finite` is False the token id is 0 and means nothing."""
+    """What came of R rows.
+
+    A row is finite if its highest logit is: a logit of -inf among others only bans its token.
+    Where it is not, the token id is 0 and means nothing.
+    """
 
     token_ids: Tensor  # (R,) int64
-    is_finite: Tensor  # (R,) bool: neither NaN nor infinity is the highest logit
+    is_finite: Tensor  # (R,) bool
     num_top: dict[int, int]  # rows that asked for logprobs, ascending, and for how many others
     logprobs: TokenLogprobs | None  # theirs, with as many alternatives as any of them asked for
 
@@ -68,7 +72,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
     """
     token_ids, best = lowest_argmax(logits)
     is_finite = best.isfinite()
-    for places in _slabs(rows, logits.shape[1]):
+    size = _CPU_SLAB if logits.device.type == "cpu" else len(rows)
+    for places in _slabs(rows, logits.shape[1], size):
         chosen = _choose(logits, [rows[place] for place in places], places)
         token_ids[_index(places, logits.device)] = chosen
     token_ids = token_ids.masked_fill(~is_finite, 0)
@@ -98,8 +103,8 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> TokenLogp
     return TokenLogprobs(chosen, top_ids, logprobs.gather(1, top_ids))
 
 
-def _slabs(rows: Sequence[SamplingRow], vocab_size: int) -> Iterator[list[int]]:
-    """Group the rows for which the highest logit is not the answer, at most _SLAB at a time."""
+def _slabs(rows: Sequence[SamplingRow], vocab_size: int, size: int) -> Iterator[list[int]]:
+    """Group the rows whose highest logit is not the answer, by kind and at most `size` together."""
     greedy: list[int] = []
     plain: list[int] = []
     filtered: list[int] = []
@@ -109,8 +114,8 @@ def _slabs(rows: Sequence[SamplingRow], vocab_size: int) -> Iterator[list[int]]:
         elif row.is_edited:
             greedy.append(place)
     for group in (greedy, plain, filtered):
-        for start in range(0, len(group), _SLAB):
-            yield group[start : start + _SLAB]
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def _choose(logits: Tensor, rows: list[SamplingRow], places: list[int]) -> Tensor:

@@ -11,7 +11,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.draw import CHUNK, Filters, chunk_peaks, draw, kept_tokens, lowest_argmax
+from engine.draw import (
+    CHUNK,
+    Filters,
+    chunk_peaks,
+    draw,
+    kept_tokens,
+    lowest_argmax,
+    mass,
+    sum_of,
+)
 from engine.draw_gathered import draw_gathered
 from engine.random_stream import NoiseKeys
 from engine.sampling_params import SamplingParams
@@ -184,6 +193,19 @@ def test_top_p_keeps_no_more_than_reaches_it(top_p: float, expected: int) -> Non
     kept = kept_tokens(logits, torch.ones(1, dtype=torch.float64), make_filters(1, 4, top_p=top_p))
 
     assert kept[0].tolist() == [True] * expected + [False] * (4 - expected)
+
+
+@pytest.mark.parametrize("shape", ["smooth", "flat", "equal", "peaked"])
+def test_masses_add_up_to_the_same_in_any_order(shape: str) -> None:
+    logits = make_logits(shape, 1, 50257, 3)
+    order = torch.randperm(50257, generator=torch.Generator().manual_seed(1))
+    one = torch.ones(1, dtype=torch.float64)
+
+    masses = mass(logits, logits.amax(-1), one)
+
+    total = int(sum_of(masses))
+    assert total == sum(int(value) for value in masses[0].tolist()) < 2**53
+    assert total == int(sum_of(masses[:, order])) == int(masses[0].double().cumsum(-1)[-1])
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
