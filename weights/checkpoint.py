@@ -27,7 +27,7 @@ from weights.layout import (
 )
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CHUNK_BYTES = 16 * 2**20  # read at a time, so that loading needs little more than the model
+_CHUNK_BYTES = 2**20  # read at a time, so that loading needs little more than the model
 
 
 def save(
@@ -75,7 +75,7 @@ def write(
         )
     dtype = dtype or model.wte.weight.dtype
     if dtype not in _DTYPES.values():
-        raise CheckpointError(f"Checkpoints hold float32, float16 or bfloat16, not {dtype}.")
+        raise CheckpointError(f"Checkpoints hold float32, float16 or bfloat16, not {_name(dtype)}.")
     parameters = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {}
     for name, shape in stored_shapes(config).items():
@@ -87,7 +87,7 @@ def write(
             tensor = tensor.T
         tensor = tensor.to("cpu", dtype).contiguous()
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"The tensor {name} is not finite in {dtype}; not saved.")
+            raise CheckpointError(f"The tensor {name} is not finite in {_name(dtype)}; not saved.")
         tensors[f"transformer.{name}"] = tensor
     document = format_config(
         config,
@@ -113,7 +113,7 @@ def load(
 ) -> GPT:
     """Load a model in any floating dtype straight to a device; None keeps the dtype on disk.
 
-    Needs the model's own memory and some 50 MB. Raises CheckpointError, see `read_layout`; also
+    Needs the model's own memory and some 5 MB. Raises CheckpointError, see `read_layout`; also
     for values that are not finite, an output head that differs from the embedding, and biases
     that are not zero in a model without biases.
     """
@@ -128,17 +128,16 @@ def load_layout(layout: Layout, *, device: torch.device | str, dtype: torch.dtyp
     """Load the model of a layout that has been read already; see `load`."""
     with torch.device("meta"):
         model = GPT(layout.config)
-    # Read into the same memory again and again: fresh pages cost more than what is read into them.
-    buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
+    reader = _Reader()
     for name, tensor in layout.tensors.items():
         parameter = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
-        _copy(tensor, parameter, buffer, is_transposed=name.endswith(TRANSPOSED))
+        _copy(reader, tensor, parameter, is_transposed=name.endswith(TRANSPOSED))
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, nn.Parameter(parameter))
     if layout.head is not None:
-        _check_equal(layout.head, layout.tensors["wte.weight"])
+        _check_equal(reader, layout.head, layout.tensors["wte.weight"])
     for tensor in layout.zero_biases:
-        if any(torch.count_nonzero(chunk) for chunk in _chunks(tensor, buffer)):
+        if any(torch.count_nonzero(chunk) for chunk in reader.chunks(tensor)):
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.key} is not zero, and {CONFIG_FILE} says that the "
                 "model has no biases."
@@ -146,62 +145,84 @@ def load_layout(layout: Layout, *, device: torch.device | str, dtype: torch.dtyp
     return model.eval()
 
 
-def _copy(tensor: StoredTensor, parameter: Tensor, buffer: Tensor, *, is_transposed: bool) -> None:
-    """Fill a parameter from the file, through `buffer`."""
+class _Reader:
+    """Reads tensors a MiB at a time, through the same memory again and again.
+
+    Fresh pages would cost more than what is read into them. Not mapped: the pages of a map count
+    as ours, and a file cut short behind it kills.
+    """
+
+    def __init__(self) -> None:
+        self._raw = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
+        self._turned = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
+
+    def chunks(self, tensor: StoredTensor) -> Iterator[Tensor]:
+        """A stored tensor's rows, in pieces each of which overwrites the one before it."""
+        num_rows, *rest = tensor.shape
+        row_bytes = tensor.num_bytes // num_rows
+        if row_bytes > len(self._raw):
+            self._raw, self._turned = (torch.empty(row_bytes, dtype=torch.uint8) for _ in range(2))
+        # Counted in float32, so that two copies of a tensor in two dtypes come in the same pieces.
+        step = max(1, _CHUNK_BYTES // (4 * math.prod(rest)))
+        with tensor.file.open("rb") as stream:
+            stream.seek(tensor.offset)
+            for first in range(0, num_rows, step):
+                count = min(step, num_rows - first)
+                raw = self._raw[: count * row_bytes]
+                if stream.readinto(raw.numpy().data) != len(raw):
+                    raise CheckpointError(f"{tensor.file} was cut off while {tensor.key} was read.")
+                yield raw.view(_DTYPES[tensor.dtype]).view(count, *rest)
+
+    def transpose(self, chunk: Tensor) -> Tensor:
+        """The transpose of a piece, contiguous, overwriting the one before it.
+
+        torch turns one contiguous tensor into another by blocks; straight into columns of a larger
+        one it would go value by value.
+        """
+        turned = self._turned[: chunk.nbytes].view(chunk.dtype).view(chunk.shape[1], len(chunk))
+        return turned.copy_(chunk.T)
+
+
+def _copy(reader: _Reader, tensor: StoredTensor, parameter: Tensor, *, is_transposed: bool) -> None:
+    """Fill a parameter from the file."""
     row = 0
-    for chunk in _chunks(tensor, buffer):
-        values = chunk.to(parameter.device, parameter.dtype)
-        if not _is_finite(values):
-            if _is_finite(chunk):
-                raise CheckpointError(
-                    f"{tensor.file}: tensor {tensor.key} has values beyond the range of "
-                    f"{_name(values.dtype)}; load it as float32."
-                )
-            raise CheckpointError(f"{tensor.file}: tensor {tensor.key} holds values not finite.")
-        rows = slice(row, row + len(values))
+    for chunk in reader.chunks(tensor):
+        _check_values(tensor, chunk, parameter.dtype)
+        rows = slice(row, row + len(chunk))
         if is_transposed:
-            parameter[:, rows] = values.T
+            parameter[:, rows] = reader.transpose(chunk)
         else:
-            parameter[rows] = values
+            parameter[rows] = chunk
         row = rows.stop
 
 
-def _is_finite(values: Tensor) -> bool:
-    """Whether no value is infinite or NaN: in one pass, where torch.isfinite makes temporaries."""
-    low, high = torch.aminmax(values)  # a NaN among them makes both NaN
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+def _check_values(tensor: StoredTensor, chunk: Tensor, dtype: torch.dtype) -> None:
+    """Check that no value is infinite or NaN, as stored and in `dtype`.
+
+    By the smallest and the largest: one pass without temporaries, a NaN makes both NaN, and
+    rounding keeps their order.
+    """
+    ends = torch.stack(torch.aminmax(chunk))
+    if not torch.isfinite(ends).all():
+        raise CheckpointError(f"{tensor.file}: tensor {tensor.key} holds values not finite.")
+    if not torch.isfinite(ends.to(dtype)).all():
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.key} has values beyond the range of {_name(dtype)}; "
+            "load it as float32."
+        )
 
 
-def _check_equal(head: StoredTensor, embedding: StoredTensor) -> None:
+def _check_equal(reader: _Reader, head: StoredTensor, embedding: StoredTensor) -> None:
     """Check that a stored output head is the embedding: ours is tied to it."""
-    buffers = [torch.empty(_CHUNK_BYTES, dtype=torch.uint8) for _ in range(2)]
-    for ours, theirs in zip(_chunks(embedding, buffers[0]), _chunks(head, buffers[1]), strict=True):
-        if not torch.equal(ours.float(), theirs.float()):
+    pieces = zip(reader.chunks(embedding), _Reader().chunks(head), strict=True)
+    for ours, theirs in pieces:
+        if ours.dtype != theirs.dtype:
+            ours, theirs = ours.float(), theirs.float()
+        if not torch.equal(ours, theirs):
             raise CheckpointError(
                 f"{head.file}: {head.key} differs from {embedding.key}; only tied output heads are "
                 "supported."
             )
-
-
-def _chunks(tensor: StoredTensor, buffer: Tensor) -> Iterator[Tensor]:
-    """A stored tensor's rows, some MiB at a time, each piece overwriting the one before it.
-
-    Read, not mapped: the pages of a map count as ours, and a file cut short behind it kills.
-    """
-    num_rows, *rest = tensor.shape
-    row_bytes = tensor.num_bytes // num_rows
-    # Counted in float32, so that two copies of a tensor in two dtypes come in the same pieces.
-    step = max(1, _CHUNK_BYTES // (4 * math.prod(rest)))
-    if row_bytes > len(buffer):
-        buffer = torch.empty(row_bytes, dtype=torch.uint8)
-    with tensor.file.open("rb") as stream:
-        stream.seek(tensor.offset)
-        for first in range(0, num_rows, step):
-            count = min(step, num_rows - first)
-            raw = buffer[: count * row_bytes]
-            if stream.readinto(raw.numpy().data) != len(raw):
-                raise CheckpointError(f"{tensor.file} was cut off while {tensor.key} was read.")
-            yield raw.view(_DTYPES[tensor.dtype]).view(count, *rest)
 
 
 def _name(dtype: torch.dtype) -> str:
