@@ -9,7 +9,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 app = typer.Typer(
     name="kvik",
@@ -30,7 +29,12 @@ def fail(message: object) -> NoReturn:
 
 
 def _plain(message: object) -> str:
-    return str(message).replace("[", r"\[")  # rich would take brackets for markup
+    return _printable(message).replace("[", r"\[")  # rich would take brackets for markup
+
+
+def _printable(message: object) -> str:
+    """The text with what no terminal should obey, or no encoding has, as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(message))
 
 
 def _show_version(wanted: bool) -> None:
@@ -77,6 +81,8 @@ def inspect(
         files = [(file.name, file.stat().st_size, _sha256(file)) for file in layout.files]
     except CheckpointError as error:
         fail(error)
+    except OSError as error:
+        fail(f"{error.filename} cannot be read: {error.strerror}.")
     try:
         tokenizer = read_tokenizer(layout)
         vocabulary = f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids"
@@ -84,37 +90,40 @@ def inspect(
         vocabulary = f"unusable: {error}"
 
     config = layout.config
-    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in (
+    lines = [
         ("parameters", f"{config.num_parameters:,}"),
         ("layers, heads, width", f"{config.n_layer}, {config.n_head}, {config.n_embd}"),
         ("MLP width", f"{config.mlp_width} ({config.activation})"),
         ("context", f"{config.n_ctx} tokens"),
         ("vocabulary", f"{config.vocab_size:,} rows"),
         ("biases", "yes" if config.bias else "no (stored as zeros)"),
-        ("tokenizer", _plain(vocabulary)),
-        ("bos, eos", f"{layout.bos_token_id}, {list(layout.eos_token_ids)}".replace("[", r"\[")),
+        ("tokenizer", vocabulary),
+        ("bos, eos", f"{layout.bos_token_id}, {list(layout.eos_token_ids)}"),
         ("dtype on disk", ", ".join(layout.dtypes)),
-        *(("file", f"{name} ({_size(size)}), sha256 {digest}") for name, size, digest in files),
-    ):
-        facts.add_row(name, value)
-    out = Console(highlight=False, soft_wrap=True)
-    out.print(facts)
+    ]
+    # Lines and no table: rich would cut what is wider than the terminal, the sha256 first.
+    for heading, value in lines:
+        typer.echo(f"{heading:<22}{_printable(value)}")
+    for name, size, digest in files:
+        typer.echo(f"{'file':<22}{_printable(name)} ({_size(size)})\n  sha256 {digest}")
 
     available = available_memory_bytes()
-    table = Table(title=f"Memory ledger ({_size(available)} available)", title_justify="left")
-    for heading in ("precision", "weights", "KV a token", "KV a full context", "contexts that fit"):
-        table.add_column(heading, justify="left" if heading == "precision" else "right")
+    typer.echo(f"\nmemory available      {_size(available)}")
+    columns = ("precision", "weights", "KV a token", "KV a context", "contexts fit")
+    rows = [columns]
     for precision, num_bytes in (("float32", 4), ("bfloat16", 2)):
         ledger = MemoryLedger.of(config, bytes_per_value=num_bytes)
-        table.add_row(
-            precision,
-            _size(ledger.weights_bytes),
-            _size(ledger.kv_bytes_per_token),
-            _size(ledger.kv_bytes_per_sequence),
-            f"{ledger.num_sequences(available):,}",
+        rows.append(
+            (
+                precision,
+                _size(ledger.weights_bytes),
+                _size(ledger.kv_bytes_per_token),
+                _size(ledger.kv_bytes_per_sequence),
+                f"{ledger.num_sequences(available):,}",
+            )
         )
-    out.print(table)
+    for first, *others in rows:
+        typer.echo(f"{first:<10}" + "".join(f"{value:>16}" for value in others))
 
 
 @app.command()
@@ -244,10 +253,14 @@ def score(
         except ValueError as error:
             fail(f"{file}: {error}")
     loss = -total / num_scored
+    # Without a bos the first token is only context.
+    num_bytes = len(raw)
+    if layout.bos_token_id is None:
+        num_bytes -= len(tokenizer.token_bytes(token_ids[0]))
     typer.echo(f"tokens scored    {num_scored:,} of {len(token_ids):,}")
     typer.echo(f"loss             {loss:.4f} nats a token")
     typer.echo(f"perplexity       {math.exp(min(loss, 700)):.3f}")
-    typer.echo(f"bits per byte    {-total / math.log(2) / len(raw):.4f}")
+    typer.echo(f"bits per byte    {-total / math.log(2) / num_bytes:.4f}")
 
 
 @app.command()
@@ -858,10 +871,12 @@ def _load(model: str, device: str, dtype: str) -> tuple[Any, Any, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         target = torch.device(device)
-        if target.type == "cuda" and not torch.cuda.is_available():
-            fail("--device cuda: no CUDA device is available here; use --device cpu.")
     except RuntimeError:
+        target = torch.device("meta")
+    if target.type not in ("cpu", "cuda"):
         fail(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}.")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        fail(f"--device {device}: there is no such CUDA device here; use --device cpu.")
     try:
         layout = read_layout(resolve(model))
         tokenizer = read_tokenizer(layout)

@@ -1,7 +1,9 @@
 """What a model costs in memory, computed from its shape alone; loads nothing."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from model.config import GPTConfig
 
@@ -33,20 +35,27 @@ class MemoryLedger:
         return max(0, memory_bytes - self.weights_bytes) // self.kv_bytes_per_sequence
 
 
-def available_memory_bytes() -> int:
-    """Memory that this machine, or the container we run in, can give out now."""
+def available_memory_bytes(
+    proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """Memory that this machine, or the container we run in, can give out now.
+
+    Files that the system holds in memory only because there was room count as available, be it
+    the machine's room or the container's: a checkpoint that was just read is among them.
+    """
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:  # caches count as available
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    available = int(line.split()[1]) * 1024
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit_file:
-            limit = limit_file.read().strip()
-        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as current_file:
-            used = int(current_file.read())
-        if limit != "max":
-            available = min(available, int(limit) - used)
-    except (OSError, ValueError):
-        pass  # another operating system, or no container: the first figure stands
+    # Another operating system, or no container: the figure before stands.
+    with suppress(OSError, ValueError, KeyError):
+        available = 1024 * _numbers(proc / "meminfo")["MemAvailable:"]
+    with suppress(OSError, ValueError, KeyError):
+        limit = int((cgroup / "memory.max").read_text(encoding="ascii"))  # ValueError for "max"
+        used = int((cgroup / "memory.current").read_text(encoding="ascii"))
+        used -= _numbers(cgroup / "memory.stat")["inactive_file"]
+        available = min(available, limit - used)
     return max(0, available)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The first number of every line, by its first word."""
+    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return {name: int(number) for name, number, *_ in lines}

@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.attention import CausalAttention
+from model.config import GPTConfig
+from tests.tiny_models import random_tokens, tiny_config, tiny_gpt
+from weights.ledger import MemoryLedger, available_memory_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ledger_counts_the_bytes_of_the_model(dtype: torch.dtype) -> None:
+    model = tiny_gpt(tiny_config(n_layer=3, n_inner=5)).to(dtype)
+
+    ledger = MemoryLedger.of(model.config, bytes_per_value=dtype.itemsize)
+
+    assert ledger.weights_bytes == sum(p.nbytes for p in model.parameters())
+
+
+def test_the_ledger_counts_the_keys_and_values_that_layers_ask_to_attend() -> None:
+    model = tiny_gpt(tiny_config(n_layer=3))
+    asked: list[int] = []
+    whole = CausalAttention(model.config)
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        asked.append(k.nbytes + v.nbytes)
+        return whole(layer, q, k, v)
+
+    model(random_tokens(model.config, 16), torch.arange(16), attend)
+
+    ledger = MemoryLedger.of(model.config, bytes_per_value=4)
+    assert ledger.kv_bytes_per_sequence == sum(asked)
+    assert ledger.kv_bytes_per_token == sum(asked) // 16
+
+
+@pytest.mark.parametrize(
+    ("free", "fits"), [(0, 0), (99, 0), (100, 0), (149, 0), (150, 1), (250, 3)]
+)
+def test_as_many_contexts_fit_as_the_memory_beside_the_weights_holds(free: int, fits: int) -> None:
+    ledger = MemoryLedger(weights_bytes=100, kv_bytes_per_token=5, n_ctx=10)
+
+    assert ledger.num_sequences(free) == fits
+
+
+def test_a_token_of_gpt2_takes_36_kib_in_bfloat16() -> None:
+    ledger = MemoryLedger.of(GPTConfig(), bytes_per_value=2)
+
+    assert ledger.kv_bytes_per_token == 36 * 1024
+
+
+MEMINFO = "MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 5000 kB\n"
+
+
+def write_cgroup(directory: Path, *, limit: str, used: int, inactive_file: int) -> None:
+    (directory / "memory.max").write_text(f"{limit}\n")
+    (directory / "memory.current").write_text(f"{used}\n")
+    (directory / "memory.stat").write_text(f"anon 7\ninactive_file {inactive_file}\n")
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Path:
+    """A machine with 5,000 KiB available."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text(MEMINFO)
+    return tmp_path / "proc"
+
+
+def test_what_the_machine_has_is_available(proc: Path, tmp_path: Path) -> None:
+    assert available_memory_bytes(proc, tmp_path / "no cgroup") == 5000 * 1024
+
+
+def test_a_container_has_what_its_limit_leaves(proc: Path, tmp_path: Path) -> None:
+    write_cgroup(tmp_path, limit="4000000", used=1_000_000, inactive_file=0)
+
+    assert available_memory_bytes(proc, tmp_path) == 3_000_000
+
+
+def test_files_in_memory_do_not_count_against_a_container(proc: Path, tmp_path: Path) -> None:
+    write_cgroup(tmp_path, limit="4000000", used=3_900_000, inactive_file=3_000_000)
+
+    assert available_memory_bytes(proc, tmp_path) == 3_100_000
+
+
+@pytest.mark.parametrize("limit", ["max", "900000000"])
+def test_a_container_has_no_more_than_the_machine(limit: str, proc: Path, tmp_path: Path) -> None:
+    write_cgroup(tmp_path, limit=limit, used=1_000_000, inactive_file=0)
+
+    assert available_memory_bytes(proc, tmp_path) == 5000 * 1024
+
+
+def test_a_container_beyond_its_limit_has_nothing(proc: Path, tmp_path: Path) -> None:
+    write_cgroup(tmp_path, limit="4000000", used=4_100_000, inactive_file=0)
+
+    assert available_memory_bytes(proc, tmp_path) == 0
+
+
+def test_without_either_file_something_is_available(tmp_path: Path) -> None:
+    assert available_memory_bytes(tmp_path, tmp_path) > 0
