@@ -89,7 +89,12 @@ def imports(path: Path, *, inside_functions: bool = True) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            yield node.module or ""
+            module = node.module or ""
+            # `from weights import layout` names a module of a package, not something in a module.
+            is_package = (ROOT / Path(*module.split("."))).is_dir()
+            yield from (
+                {f"{module}.{alias.name}" for alias in node.names} if is_package else [module]
+            )
 
 
 def name_of(path: Path) -> str:
