@@ -128,7 +128,7 @@ def main() -> None:
             pass  # the server is gone, and we follow
         except Exception:  # the worker's last words; the client sees the end and acts
             logger.exception("engine failed")
-            sys.exit(1)
+            os._exit(1)  # at once: the client waits for our end before it starts another
 
 
 if __name__ == "__main__":

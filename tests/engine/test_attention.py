@@ -143,16 +143,15 @@ def test_a_row_has_the_same_bytes_whatever_rows_come_with_it(dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_broken_key_breaks_the_rows_that_see_it_and_no_others(
-    dtype: torch.dtype, broken: float
+    dtype: torch.dtype,
 ) -> None:
     config = make_config()
     cache = make_cache(config, dtype=dtype)
     batch = make_input(cache, [(0, 10), (0, 10)], n_ctx=config.n_ctx)
     q, k, v = qkv(config, 20, dtype)
     healthy = CPUPagedAttention(config, cache, batch)(0, q, k, v)
-    k[4] = broken
+    k[4] = torch.nan
 
     y = CPUPagedAttention(config, cache, batch)(0, q, k, v)
 

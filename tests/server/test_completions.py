@@ -1,6 +1,7 @@
 """What a request gets back, over an engine that says what it is told to."""
 
 import json
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -172,7 +173,9 @@ def test_no_part_of_a_stop_string_is_streamed(serve: Serve) -> None:
         chunks = events(client, max_tokens=8, stop=["cdx", "fgh"])
 
     texts = [choice["text"] for chunk in chunks for choice in chunk["choices"]]
-    assert texts == ["a", "b", "cde", ""]  # cd waited for its end; fg never left
+    so_far = list(accumulate(texts))  # how much leaves together depends on the machine
+    assert so_far[-1] == "abcde"  # fg never left
+    assert not any(text.endswith(("c", "cd")) for text in so_far)  # they waited for their end
 
 
 def test_stop_strings_wait_for_min_tokens(serve: Serve) -> None:
