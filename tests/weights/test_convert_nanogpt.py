@@ -273,7 +273,7 @@ def test_values_beyond_float16_are_refused_with_the_tensor(tmp_path: Path) -> No
     path = save(nanogpt_checkpoint(model), tmp_path / "ckpt.pt")
     write_meta(tmp_path / "meta.pkl", CHARACTERS)
 
-    with pytest.raises(CheckpointError, match=r"wpe\.weight is not finite in torch\.float16"):
+    with pytest.raises(CheckpointError, match=r"wpe\.weight is not finite in float16"):
         convert(path, tmp_path / "ours", dtype=torch.float16)
 
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "meta.pkl"]
