@@ -186,6 +186,17 @@ def test_the_probe_tells_the_kinds_of_characters_apart() -> None:
     assert kinds == {"b": [1, 2, 2], "2": [2, 1, 2], "?": [2, 2, 1], "\u2003": [4, 4, 4]}
 
 
+def test_contractions_end_where_those_of_gpt2_end() -> None:
+    # Joined where the rule lets them: an apostrophe with what follows, a letter with an "a" behind.
+    characters = "sSdDmMtTlLvVrReE"
+    merges = [*(("'", c) for c in characters), *((c, "a") for c in characters)]
+    reference = byte_level(models.BPE(vocab=vocabulary_of(merges), merges=merges))
+    ours = BytePairTokenizer.from_merges(vocabulary_of(merges), merges, {})
+    texts = [f"x'{''.join(parts)}a" for parts in product([*characters, "'", " "], repeat=3)]
+
+    assert our_ids(ours, texts) == reference_ids(reference, texts)
+
+
 # There and back
 
 
