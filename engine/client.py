@@ -165,16 +165,19 @@ class EngineClient:
         hang_seconds: float = 30.0,
         start_seconds: float = 300.0,
         max_fruitless_restarts: int = 3,
+        worker_module: str = "engine.worker",
     ) -> None:
         """Prepare a client.
 
         A worker without a sign of life for `hang_seconds` while it has work is killed. After
         `max_fruitless_restarts` workers in a row that brought no token, none is started any more.
+        Another `worker_module` speaks the same frames, and need not compute for them.
         """
         self._config = config
         self._hang_seconds = hang_seconds
         self._start_seconds = start_seconds
         self._max_fruitless_restarts = max_fruitless_restarts
+        self._worker_module = worker_module
         self._requests: dict[str, _Request] = {}  # unfinished, in the order of arrival
         self._request_of: dict[int, tuple[_Request, _Choice]] = {}  # by sequence
         self._suspects: deque[str] = deque()  # to run alone, one by one
@@ -300,7 +303,7 @@ class EngineClient:
         recorder = FlightRecorder.create(max_num_sequences=self._config.engine.max_num_sequences)
         try:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "engine.worker", str(theirs.fileno()),
+                sys.executable, "-m", self._worker_module, str(theirs.fileno()),
                 str(recorder.descriptor), str(os.getpid()),
                 pass_fds=(theirs.fileno(), recorder.descriptor), stdin=asyncio.subprocess.DEVNULL,
                 env=_worker_environment(),
