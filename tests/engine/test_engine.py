@@ -98,6 +98,29 @@ def test_logprobs_equal_those_of_the_model_in_float64() -> None:
         assert found.logprobs == pytest.approx(top.values.tolist(), abs=1e-4)
 
 
+def test_tokens_of_the_engine_are_distributed_as_the_model_in_float64_says() -> None:
+    num_choices = 2000
+    model = tiny_gpt(CONFIG)
+    prompt = random_prompt(9, seed=4)
+    params = SamplingParams(max_tokens=2, temperature=1.5, seed=11, ignore_eos=True)
+    engine = make_engine(model, max_num_sequences=64)
+
+    (results,) = run(engine, [Request(prompt, params, num_choices=num_choices)])
+
+    with torch.no_grad():
+        logits = reference_logprobs(model, prompt, 95)[-1] / params.temperature
+    expected = num_choices * logits.softmax(-1)
+    counts = torch.tensor([result.token_ids[0] for result in results]).bincount(minlength=95)
+    # Tokens expected less than ten times share a bin.
+    common = expected >= 10
+    hoped = torch.cat((expected[common], expected[~common].sum()[None]))
+    observed = torch.cat((counts[common], counts[~common].sum()[None]))
+    chi_square = float(((observed - hoped) ** 2 / hoped).sum())
+    degrees = len(hoped) - 1
+    assert degrees > 10
+    assert chi_square < degrees + 4.5 * (2 * degrees) ** 0.5
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_outliers_and_an_offset_do_not_decide_the_draw(dtype: torch.dtype) -> None:
     model = gpt_with_outliers(tiny_config(n_ctx=64))
