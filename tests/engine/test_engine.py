@@ -159,6 +159,38 @@ def test_any_chunking_equals_one_piece(
     assert [r[0].drawn for r in results] == [r.drawn for r in expected]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prompts_of_all_sorts_of_lengths_end_as_the_longest_says(
+    dtype: torch.dtype,
+) -> None:
+    """Layers of the storyteller's width: the last row needs all K and V of the second.
+
+    Products and attention are looked at for every count by themselves; this is what lies between.
+    """
+    config = tiny_config(n_layer=2, n_head=4, n_embd=256, n_ctx=512, vocab_size=300)
+    engine = make_engine(
+        tiny_gpt(config),
+        dtype=dtype,
+        vocab_size=300,
+        block_size=16,
+        max_num_scheduled_tokens=512,
+        enable_prefix_cache=False,
+    )
+    prompt = random_prompt(512, seed=9, vocab_size=300)
+    scored = SamplingParams(max_tokens=0, prompt_logprobs=5)
+    ((whole,),) = run(engine, [Request(prompt, scored)])
+    drawn = SamplingParams(max_tokens=1, temperature=0, logprobs=5)
+
+    different = []
+    for length in [1, 2, 3, *range(4, 512, 9)]:
+        ((result,),) = run(engine, [Request(prompt[:length], drawn)])
+        found, expected = result.logprobs[0], whole.prompt_logprobs[length - 1]
+        if (found.token_ids, found.logprobs) != (expected.token_ids, expected.logprobs):
+            different.append(length)
+
+    assert different == []
+
+
 @pytest.mark.parametrize("block_size", [1, 3, 16, 64])
 def test_any_block_size_gives_the_same(
     undisturbed: tuple[torch.dtype, list[Result]], block_size: int
