@@ -51,9 +51,7 @@ class CPUPagedAttention:
 
 
 @numba.extending.intrinsic(prefer_literal=True)
-def _prefetch(
-    context: Any, cache: Any, block: Any, head: Any, place: Any, num_bytes: Any
-) -> Any:
+def _prefetch(context: Any, cache: Any, block: Any, head: Any, place: Any, num_bytes: Any) -> Any:
     """Ask for the `num_bytes` from cache[block, head, place] on, without waiting for them."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -113,7 +111,9 @@ def _compile(dtype: torch.dtype, size: int) -> Any:
             num_blocks = (length + block_size - np.uintp(1)) // block_size
             for at in range(num_blocks):
                 block, first = np.uintp(tables[table_row, at]), at * block_size
-                next_block = np.uintp(tables[table_row, min(at + np.uintp(1), num_blocks - np.uintp(1))])
+                next_block = np.uintp(
+                    tables[table_row, min(at + np.uintp(1), num_blocks - np.uintp(1))]
+                )
                 for place in range(min(block_size, length - first)):
                     # The blocks of a sequence lie anywhere, where no processor looks ahead.
                     _prefetch(cache_k, next_block, head, place, key_bytes)

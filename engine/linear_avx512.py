@@ -149,7 +149,9 @@ def _tile(
         builder.cbranch(builder.icmp_signed("<", next_step, steps), loop, done)
         builder.position_at_end(done)
         for place, result in enumerate(results):
-            builder.store(result, at(out, ir.Constant(size, 4 * _LANES), place, totals_type), align=4)
+            builder.store(
+                result, at(out, ir.Constant(size, 4 * _LANES), place, totals_type), align=4
+            )
 
     place = types.intp
     return types.void(kind, place, inputs, place, packed, place, sums), generate

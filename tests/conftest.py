@@ -1,7 +1,9 @@
 import os
 
-# Before torch is imported: threads that spin while they wait take the cores from each other.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from engine.config import THREADS_ENVIRONMENT
+
+for name, value in THREADS_ENVIRONMENT.items():  # before torch is imported
+    os.environ.setdefault(name, value)
 
 from pathlib import Path
 
