@@ -108,7 +108,7 @@ def _compile(dtype: torch.dtype, size: int) -> Any:
             for d in range(size):
                 query[d] = load(q[row, head, d]) * scale
             highest = np.float32(-np.inf)
-            num_blocks = (length + block_size - np.uintp(1)) // block_size
+            num_blocks: Any = (length + block_size - np.uintp(1)) // block_size
             for at in range(num_blocks):
                 block, first = np.uintp(tables[table_row, at]), at * block_size
                 next_block = np.uintp(

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 
-# What the C libraries of threads read before torch is imported. A thread waits for its next piece of
-# work by looking for some tens of microseconds, about what lies between two products, and sleeps
-# then. Sleeping at once made a step 1.4 times longer; looking for ever keeps other pools and the
-# server from the cores, and made decoding 70 times slower on a busy machine.
+# What the C libraries of threads read before torch is imported. A thread looks for its next piece
+# of work for some tens of microseconds, about what lies between two products, and then sleeps.
+# Sleeping at once made a step 1.4 times longer; looking for ever keeps the server and others from
+# the cores, and made decoding 70 times slower on a busy machine.
 THREADS_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
 

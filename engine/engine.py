@@ -46,7 +46,8 @@ class Engine:
         """Take over a model in evaluation mode and allocate its cache.
 
         `vocab_size` is the tokenizer's: ids from there on are padding. `weights_id` keys the
-        prefix cache, `quantizes` asks for weights of 8 bits. Raises CacheTooSmall if `num_blocks` hold less than one context.
+        prefix cache; `quantizes` asks for weights of 8 bits. Raises CacheTooSmall if `num_blocks`
+        hold less than one context.
         """
         self.n_ctx = model.config.n_ctx
         self.vocab_size = vocab_size

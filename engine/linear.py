@@ -110,18 +110,30 @@ class FusedBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """The tied output head: hidden states to float32 logits, in any precision of the model."""
+    """The tied output head: hidden states to float32 logits, in any precision of the model.
 
-    def __init__(self, weight: Tensor, vocab_size: int, *, quantizes: bool = False) -> None:
+    It takes the last LayerNorm along, which only rows need whose logits are wanted.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        vocab_size: int,
+        *,
+        norm: nn.LayerNorm | None = None,
+        quantizes: bool = False,
+    ) -> None:
         """Take the embedding's rows below `vocab_size`; those above are padding."""
         super().__init__()
+        self._norm: nn.LayerNorm | None = None
         weight = weight.detach()[:vocab_size]
         self._dtype = weight.dtype
         self._product: nn.Module | None = None
         self._weight: Tensor | None = None
         if can_fuse(weight.device, weight.dtype, quantizes=quantizes):
-            self._product = FusedLinear(weight, quantizes=quantizes, is_head=True)
+            self._product = FusedLinear(weight, norm=norm, quantizes=quantizes, is_head=True)
             return
+        self._norm = norm
         # Others round their products to the precision of the model, which is too coarse for logits.
         self._dtype = torch.float32
         if can_pack(weight.device, torch.float32):
@@ -131,6 +143,8 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden (R, C) to logits (R, vocab_size) in float32."""
+        if self._norm is not None:
+            hidden = self._norm(hidden)
         hidden = hidden.to(self._dtype)
         if self._weight is not None:
             return F.linear(hidden, self._weight)

@@ -249,32 +249,31 @@ def _compile(
         zeros = np.empty(num_rows, np.int32)
         if num_rows < _FEW_ROWS:
             for r in range(num_rows):
-                row = np.empty(size, np.float32)
-                _normalize(x[r], load, gain, offset, epsilon, row)
-                scales[r], zeros[r] = bring(row, inputs[r], store)
+                normalized = np.empty(size, np.float32)
+                _normalize(x[r], load, gain, offset, epsilon, normalized)
+                scales[r], zeros[r] = bring(normalized, inputs[r], store)
         else:
             for r in numba.prange(num_rows):
-                row = np.empty(size, np.float32)
-                _normalize(x[r], load, gain, offset, epsilon, row)
-                scales[r], zeros[r] = bring(row, inputs[r], store)
+                normalized = np.empty(size, np.float32)
+                _normalize(x[r], load, gain, offset, epsilon, normalized)
+                scales[r], zeros[r] = bring(normalized, inputs[r], store)
         for group in numba.prange(num_blocks // _BLOCKS):
-            first = group * _WIDTH
-            last = min(first + _WIDTH, num_outputs)
-            # Slices, because an index that might be negative keeps a loop from being vectorised.
-            group_scales = column_scales[first : first + _WIDTH]
-            group_sums = column_sums[first : first + _WIDTH]
-            group_bias = bias[first : first + _WIDTH]
+            # Indices are unsigned: one that might be negative keeps a loop from being vectorised,
+            # and a slice counts its references, which threads would wait for.
+            first = np.uintp(group * _WIDTH)
+            width = np.uintp(min(_WIDTH, num_outputs - group * _WIDTH))
             sums = np.empty((_ROWS, _WIDTH), sum_type)
             y = np.empty(_WIDTH, np.float32)
             for start in range(0, num_rows, _ROWS):
                 rows = min(_ROWS, num_rows - start)
                 _tile(kind, rows, inputs, start, packed, group, sums)
                 for r in range(rows):
-                    scale, zero = scales[start + r], zeros[start + r]
-                    row_sums = sums[r]
-                    for c in range(_WIDTH):
-                        y[c] = finish(row_sums[c], scale, zero, group_scales[c], group_sums[c])
-                        y[c] += group_bias[c]
+                    row = np.uintp(start + r)
+                    scale, zero = scales[row], zeros[row]
+                    for c in range(np.uintp(_WIDTH)):
+                        at = first + c
+                        y[c] = finish(sums[r, c], scale, zero, column_scales[at], column_sums[at])
+                        y[c] += bias[at]
                     if activation == 1:
                         for c in range(_WIDTH):
                             y[c] = gelu_tanh(y[c])
@@ -284,13 +283,11 @@ def _compile(
                     elif activation == 3:
                         for c in range(_WIDTH):  # NaN stays: comparing with it is false
                             y[c] = np.float32(0) if y[c] < np.float32(0) else y[c]
-                    target = out[start + r, first:last]
                     if adds_residual:
-                        addend = residual[start + r, first:last]
-                        for c in range(len(addend)):
-                            y[c] += load(addend[c])
-                    for c in range(len(target)):
-                        target[c] = keep(y[c])
+                        for c in range(width):
+                            y[c] += load(residual[row, first + c])
+                    for c in range(width):
+                        out[row, first + c] = keep(y[c])
 
     return linear
 
@@ -331,8 +328,18 @@ class FusedLinear(nn.Module):
         padded = -(-len(weight) // _WIDTH) * _WIDTH
         column_scales = torch.ones(padded)
         column_sums = torch.zeros(padded, dtype=torch.int32)
+        gain = None if norm is None else norm.weight
+        offset = None if norm is None else norm.bias
         if quantizes:
             weight = weight.float()
+            if norm is not None:
+                # A norm's gains may make a few channels loud, and 8 bits would hold only those. So
+                # weights and bias take gains and offsets over: what is quantised is even.
+                if offset is not None:
+                    added = weight @ offset.detach().float()
+                    bias = added if bias is None else bias.detach().float() + added
+                weight = weight * norm.weight.detach().float()
+                gain, offset = torch.ones(weight.shape[1]), None
             scales = weight.abs().amax(1).clamp(min=1e-30) / 127
             weight = (weight / scales[:, None]).round().to(torch.int8)
             column_scales[: len(weight)] = scales
@@ -340,8 +347,8 @@ class FusedLinear(nn.Module):
         self._packed = _pack(weight)
         self._columns = (column_scales.numpy(), column_sums.numpy())
         self._bias = _float32(bias, padded)
-        self._gain = _float32(None if norm is None else norm.weight, 0)
-        self._offset = _float32(None if norm is None else norm.bias, len(self._gain))
+        self._gain = _float32(gain, 0)
+        self._offset = _float32(offset, len(self._gain))
         self._epsilon = np.float32(0 if norm is None else norm.eps)
         self._activation = _ACTIVATIONS[activation]
         if self._dtype == torch.float32 and not quantizes:
@@ -376,7 +383,7 @@ def _pack(weight: Tensor) -> Array:
 
 
 def _float32(values: Tensor | None, size: int) -> Array:
-    """Values as float32 for a kernel, padded with zeros to a size; all zeros where there are none."""
+    """Values as float32 for a kernel, padded with zeros to a size."""
     padded = np.zeros(max(size, 0 if values is None else len(values)), np.float32)
     if values is not None:
         padded[: len(values)] = values.detach().float().numpy()

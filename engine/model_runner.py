@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.attention import PagedAttention
 from engine.attention_cpu import CPUPagedAttention
@@ -62,7 +62,8 @@ class ModelRunner:
 
         With `quantizes` its products have weights of 8 bits.
         """
-        self._head = Head(model.wte.weight, vocab_size, quantizes=quantizes)
+        self._head = Head(model.wte.weight, vocab_size, norm=model.ln_f, quantizes=quantizes)
+        model.ln_f = nn.Identity()  # the head's now
         pack(model, quantizes=quantizes)
         self._model = model
         self._cache = cache

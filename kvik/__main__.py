@@ -2,12 +2,13 @@
 
 import os
 
-from engine.config import THREADS_ENVIRONMENT
 from kvik.command_line import app
 
 
 def main() -> None:
     """Run the command line."""
+    from engine.config import THREADS_ENVIRONMENT
+
     for name, value in THREADS_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     app()

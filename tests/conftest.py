@@ -2,8 +2,7 @@ import os
 
 from engine.config import THREADS_ENVIRONMENT
 
-for name, value in THREADS_ENVIRONMENT.items():  # before torch is imported
-    os.environ.setdefault(name, value)
+os.environ.update({**THREADS_ENVIRONMENT, **os.environ})  # before torch is imported
 
 from pathlib import Path
 
