@@ -93,10 +93,11 @@ def _compile(dtype: torch.dtype, size: int) -> Any:
         # before anything is read: rows may share blocks that are filled right now.
         for i in numba.prange(num_rows):
             row, block, offset = np.uintp(i), np.uintp(blocks[i]), np.uintp(offsets[i])
-            for head in range(num_heads):
+            for j in range(num_heads):
+                head = np.uintp(j)
                 for d in range(size):
-                    cache_k[block, np.uintp(head), offset, d] = k[row, np.uintp(head), d]
-                    cache_v[block, np.uintp(head), offset, d] = v[row, np.uintp(head), d]
+                    cache_k[block, head, offset, d] = k[row, head, d]
+                    cache_v[block, head, offset, d] = v[row, head, d]
         # Rows of one head follow each other: those of one sequence find its keys still at hand.
         for i in numba.prange(num_rows * num_heads):
             task = np.uintp(i)

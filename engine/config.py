@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-
 # What the C libraries of threads read before torch is imported. A thread looks for its next piece
 # of work for some tens of microseconds, about what lies between two products, and then sleeps.
 # Sleeping at once made a step 1.4 times longer; looking for ever keeps the server and others from

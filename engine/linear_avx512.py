@@ -328,8 +328,8 @@ class FusedLinear(nn.Module):
         padded = -(-len(weight) // _WIDTH) * _WIDTH
         column_scales = torch.ones(padded)
         column_sums = torch.zeros(padded, dtype=torch.int32)
-        gain = None if norm is None else norm.weight
-        offset = None if norm is None else norm.bias
+        gain: Tensor | None = None if norm is None else norm.weight
+        offset: Tensor | None = None if norm is None else norm.bias
         if quantizes:
             weight = weight.float()
             if norm is not None:

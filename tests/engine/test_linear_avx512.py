@@ -1,26 +1,24 @@
-"""Our own products: equal to torch's, the same bytes for a row in any company, and 8 bits enough."""
+"""Our own products: equal to torch's, a row's bytes the same in any company, 8 bits enough."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.engine import Engine
-from engine.config import EngineConfig
+from engine.config import EngineConfig, LaunchConfig
 from engine.linear import FusedBlock, Head, can_fuse
 from engine.linear_avx512 import FusedLinear
+from engine.loading import load_engine
+from engine.messages import TopLogprobs
 from engine.sampling_params import SamplingParams
 from model.attention import CausalAttention
 from model.config import Activation, GPTConfig
-from model.gpt import ACTIVATIONS, GPT
-from tests.engine.engines import Request, make_engine, run
+from model.gpt import ACTIVATIONS, Block
 from tests.tiny_models import gpt_with_outliers, tiny_config, tiny_gpt
-from weights.checkpoint import load_layout
-from weights.layout import read_layout
-from tests.storyteller import STORYTELLER
 
 BUDGET = EngineConfig().max_num_scheduled_tokens
 CPU = torch.device("cpu")
@@ -171,13 +169,15 @@ def test_fused_block_equals_the_model_s(
         n_layer=1, n_head=2, n_embd=48, n_ctx=32, vocab_size=10, activation=activation
     )
     block = tiny_gpt(config).to(dtype).h[0].requires_grad_(False)
+    assert isinstance(block, Block)
     attend = CausalAttention(config)
     x = torch.randn(20, 48).to(dtype)
 
     y = FusedBlock(block, activation, quantizes=quantizes)(x, lambda *a: _flat(attend, *a))
 
     expected = block.double()(x.double(), lambda *a: _flat(attend, *a))
-    assert relative_error(y, expected) < (1e-6 if dtype == torch.float32 else 1e-2)
+    limit = 3e-2 if quantizes else 1e-6 if dtype == torch.float32 else 1e-2
+    assert relative_error(y, expected) < limit
 
 
 def _flat(attend: Callable[..., Tensor], layer: int, *qkv: Tensor) -> Tensor:
@@ -197,3 +197,35 @@ def test_eight_bits_bear_an_offset_and_loud_channels() -> None:
     centred = expected - expected.mean(-1, keepdim=True)
     error = logits.double() - logits.double().mean(-1, keepdim=True) - centred
     assert float(error.norm() / centred.norm()) < 2e-2
+
+
+def test_eight_bits_predict_the_storyteller_s_text_as_well() -> None:
+    storyteller = str(Path(__file__).parents[2] / "weights" / "storyteller")
+    settings = EngineConfig(max_num_sequences=4, share_completion_blocks=True)
+
+    def scores(dtype: str, texts: list[list[int]]) -> tuple[list[list[int]], list[TopLogprobs]]:
+        """Each text continued to 400 tokens, and what the model says of those given."""
+        engine, _ = load_engine(LaunchConfig(model=storyteller, dtype=dtype, engine=settings))
+        found: list[TopLogprobs] = []
+        continued = []
+        for seed, text in enumerate(texts):
+            length = max(1, 400 - len(text))
+            params = SamplingParams(
+                max_tokens=length, ignore_eos=True, prompt_logprobs=1, seed=seed, temperature=0.8
+            )
+            drawn = []
+            for _, output in engine.generate(text, params):
+                found += output.prompt_logprobs or []
+                drawn.append(output.token_id)
+            continued.append([*text, *(token for token in drawn if token is not None)])
+        return continued, found
+
+    texts, _ = scores("float32", [[0, 5], [0, 900]])
+    _, exact = scores("float32", texts)
+    _, rounded = scores("int8", texts)
+
+    assert len(exact) == len(rounded) == 2 * 399
+    loss, found = (-sum(one.logprob for one in some) / len(some) for some in (exact, rounded))
+    assert math.exp(abs(found - loss)) < 1.005  # perplexity within half a percent
+    agree = sum(a.token_ids[0] == b.token_ids[0] for a, b in zip(exact, rounded, strict=True))
+    assert agree > 0.93 * len(exact)
