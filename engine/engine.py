@@ -41,11 +41,13 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         weights_id: bytes = b"",
         attention: AttentionFactory | None = None,
+        quantizes: bool = False,
     ) -> None:
         """Take over a model in evaluation mode and allocate its cache.
 
         `vocab_size` is the tokenizer's: ids from there on are padding. `weights_id` keys the
-        prefix cache. Raises CacheTooSmall if `num_blocks` hold less than one context.
+        prefix cache; `quantizes` asks for weights of 8 bits. Raises CacheTooSmall if `num_blocks`
+        hold less than one context.
         """
         self.n_ctx = model.config.n_ctx
         self.vocab_size = vocab_size
@@ -78,6 +80,7 @@ class Engine:
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
             attention=attention,
+            quantizes=quantizes,
         )
         self._next_seq_id = 0  # for `generate`
         self.last_step_at = time.monotonic()  # when the last step ended

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.attention import PagedAttention
 from engine.attention_cpu import CPUPagedAttention
 from engine.batch import BatchBuilder, ModelInput
 from engine.kv_cache import KVCache
-from engine.linear import Head, pack
+from engine.linear import FusedBlock, Head, pack
 from engine.messages import TopLogprobs
 from engine.sampler import sample, token_logprobs
 from engine.sampling_row import SamplingRow
@@ -56,10 +56,15 @@ class ModelRunner:
         vocab_size: int,
         eos_token_ids: tuple[int, ...],
         attention: AttentionFactory | None = None,
+        quantizes: bool = False,
     ) -> None:
-        """Take over a model, whose projections are packed in place where that pays."""
-        self._head = Head(model.wte.weight, vocab_size)
-        pack(model)
+        """Take over a model, whose blocks are packed in place where that pays.
+
+        With `quantizes` its products have weights of 8 bits.
+        """
+        self._head = Head(model.wte.weight, vocab_size, norm=model.ln_f, quantizes=quantizes)
+        setattr(model, "ln_f", nn.Identity())  # noqa: B010  it is the head's now
+        pack(model, quantizes=quantizes)
         self._model = model
         self._cache = cache
         self._builder = builder
@@ -94,8 +99,11 @@ class ModelRunner:
         x = torch.randn(_PROBED_COUNTS[-1], weight.shape[1], generator=generator)
         x = x.to(weight.device, weight.dtype)
         block = self._model.h[0]
-        assert isinstance(block, Block)
-        products = (block.attn.c_attn, block.attn.c_proj, block.mlp, self._head)
+        if isinstance(block, Block):
+            products = [block.attn.c_attn, block.attn.c_proj, block.mlp, self._head]
+        else:
+            assert isinstance(block, FusedBlock)
+            products = [block.c_attn, block.attn_c_proj, block.c_fc, self._head]
         return all(
             torch.equal(product(x)[:count], product(x[:count]))
             for product in products
