@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 from engine.config import THREADS_ENVIRONMENT, LaunchConfig
 from engine.errors import EngineDied, EngineError, EngineStopped, StartRefused
@@ -326,7 +327,7 @@ class EngineClient:
         recorder = FlightRecorder.create(max_num_sequences=self._config.engine.max_num_sequences)
         try:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", self._worker_module, str(theirs.fileno()),
+                sys.executable, "-P", "-m", self._worker_module, str(theirs.fileno()),
                 str(recorder.descriptor), str(os.getpid()),
                 pass_fds=(theirs.fileno(), recorder.descriptor), stdin=asyncio.subprocess.DEVNULL,
                 env=_worker_environment(),
@@ -544,4 +545,8 @@ def _worker_environment() -> dict[str, str]:
     # glibc returns large blocks to the kernel when freed, and logits are large and come every
     # step: faulting their pages in again would cost more than computing them.
     malloc = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-    return {**malloc, **THREADS_ENVIRONMENT, **os.environ}
+    # The worker runs with -P and finds its packages where we did: a directory one happens to stand
+    # in, nanoGPT's with its model.py say, does not get in their way.
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**malloc, **THREADS_ENVIRONMENT, **os.environ, "PYTHONPATH": path}

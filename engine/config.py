@@ -19,7 +19,7 @@ class EngineConfig:
     block_size: int = 16  # tokens per KV-cache block
     num_blocks: int | None = None  # block 0, the padding, included; None: as memory allows
     max_num_sequences: int = 256  # running at once; the others wait
-    max_num_scheduled_tokens: int = 512  # token budget of a step: bounds how long a step takes
+    max_num_scheduled_tokens: int = 256  # token budget of a step: bounds how long a step takes
     enable_prefix_cache: bool = True  # share the K and V of equal prefixes
     # False: only blocks that lie wholly in the prompt are shared. Right where K and V of a
     # decoded token differ in their last bits from those of the same token in a prompt (CUDA).

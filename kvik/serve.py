@@ -54,7 +54,7 @@ def serve(
     ] = 256,
     max_num_scheduled_tokens: Annotated[
         int, typer.Option(envvar="KVIK_MAX_NUM_SCHEDULED_TOKENS", help="Tokens a step computes.")
-    ] = 512,
+    ] = 256,
     block_size: Annotated[
         int, typer.Option(envvar="KVIK_BLOCK_SIZE", help="Tokens a block of the KV cache.")
     ] = 16,

@@ -104,6 +104,23 @@ async def test_tokens_cross_the_door_unchanged(launch: LaunchConfig) -> None:
         assert client.stats.num_used_blocks == 0
 
 
+def test_the_directory_one_stands_in_does_not_get_in_the_way(
+    launch: LaunchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("model", "http", "engine"):  # nanoGPT has a model.py, for one
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+
+    @in_time
+    async def answers(launch: LaunchConfig) -> None:
+        async with started(launch) as client:
+            wanted = requests(1, 3)
+            found = await asyncio.gather(*submit_all(client, wanted))
+            assert found == expected_tokens(wanted)
+
+    answers(launch)
+
+
 @in_time
 async def test_a_request_may_have_more_choices_than_run_at_once(launch: LaunchConfig) -> None:
     assert ENGINE.max_num_sequences < 40
