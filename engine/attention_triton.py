@@ -19,8 +19,9 @@ from model.config import GPTConfig
 
 SPLIT_TOKENS = 256  # keys of a sequence that one program of decoding takes, whatever the batch
 _DECODE_KEYS = 32  # in a tile of decoding; divides SPLIT_TOKENS
-_PREFILL_KEYS = 64  # in a tile of prefill
-_QUERIES = 64  # positions of one sequence in a tile of prefill
+# Positions of one sequence, and keys, in a tile of prefill. Without tensor cores, which have no
+# float32, large ones do not fit into the registers.
+_PREFILL_TILE = {torch.float32: (16, 32), torch.float16: (64, 64), torch.bfloat16: (64, 64)}
 
 
 class TritonPagedAttention:
@@ -46,7 +47,7 @@ class TritonPagedAttention:
             self._rows: Tensor | None = None
             num_rows = len(batch.positions)
         else:
-            tiles, rows = _classes(batch)
+            tiles, rows = _classes(batch, _PREFILL_TILE[cache.k.dtype][0])
             self._tiles = torch.from_numpy(tiles).to(device, non_blocking=True)
             self._rows = torch.from_numpy(rows).to(device, non_blocking=True)
             num_rows = len(rows)
@@ -88,13 +89,14 @@ class TritonPagedAttention:
         if not len(self._tiles):
             return
         cache, batch = self._cache, self._batch
+        num_queries, num_keys = _PREFILL_TILE[cache.k.dtype]
         _prefill_kernel[(len(self._tiles), self._n_head)](
             q, out, cache.k[layer], cache.v[layer], self._tiles, batch.block_tables,
             self._scales[layer],
             q.stride(0), out.stride(0), batch.block_tables.stride(0), cache.k.stride(1),
             D=self._head_size, PADDED_D=self._padded_size, BLOCK_SIZE=cache.block_size,
-            QUERIES=_QUERIES, KEYS=_PREFILL_KEYS, OPERAND=operand_type(q.dtype),
-            num_warps=4, num_stages=2,
+            QUERIES=num_queries, KEYS=num_keys, OPERAND=operand_type(q.dtype),
+            num_warps=4, num_stages=1 if q.dtype == torch.float32 else 2,
         )  # fmt: skip
 
     def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
@@ -114,7 +116,7 @@ class TritonPagedAttention:
         )  # fmt: skip
 
 
-def _classes(batch: ModelInput) -> tuple[np.ndarray, np.ndarray]:
+def _classes(batch: ModelInput, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
     """Sort the rows of a step into tiles of prefill and rows of decoding.
 
     A tile (int32) holds the rows of one sequence at neighbouring positions, those from a multiple
@@ -128,8 +130,9 @@ def _classes(batch: ModelInput) -> tuple[np.ndarray, np.ndarray]:
     for span in batch.spans:
         row_of_0 = first_row - span.start
         end_of_prefill = max(span.start, min(span.num_prompt_tokens, span.end))
-        for first in range(span.start // _QUERIES * _QUERIES, end_of_prefill, _QUERIES):
-            there = (max(first, span.start), min(first + _QUERIES, end_of_prefill))
+        aligned = span.start // num_queries * num_queries
+        for first in range(aligned, end_of_prefill, num_queries):
+            there = (max(first, span.start), min(first + num_queries, end_of_prefill))
             if there[0] < there[1]:
                 tiles.append((row_of_0, first, *there, span.table_row))
         rows.extend(range(row_of_0 + end_of_prefill, row_of_0 + span.end))
