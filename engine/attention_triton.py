@@ -119,10 +119,10 @@ class TritonPagedAttention:
 def _classes(batch: ModelInput, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
     """Sort the rows of a step into tiles of prefill and rows of decoding.
 
-    A tile (int32) holds the rows of one sequence at neighbouring positions, those from a multiple
-    of _QUERIES on: so a row has its place in a tile for good. It is the row that position 0 would
-    have, its first position, and the first position and the end of those that are there; last
-    comes the row of the block tables.
+    A tile (int32) holds the rows of one sequence at neighbouring positions, from a multiple of
+    `num_queries` on: so a row has its place in a tile for good. It is the row that position 0
+    would have, its first position, the first position and the end of those that are there, and
+    the row of the block tables.
     """
     tiles: list[tuple[int, int, int, int, int]] = []
     rows: list[int] = []

@@ -58,19 +58,13 @@ class BatchBuilder:
         self._lengths = [0] * max_num_sequences  # blocks copied, by row
 
     def build(self, batch: ScheduledBatch) -> ModelInput:
-        """Make the tensors of one step; called once for every batch that has rows, in order."""
-        for seq_id in batch.released_seq_ids:
-            # Absent if the sequence came and went in a step that failed before it was built.
-            row = self._rows.pop(seq_id, None)
-            if row is not None:
-                self._free_rows.append(row)
-        rows: list[int] = []
+        """Make the tensors of one step. For every batch, in order: either this or `place`."""
+        rows = self.place(batch)
         tokens: list[int] = []
         starts: list[int] = []
         is_decode = True
         for sequence, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
             start = sequence.num_computed_tokens
-            rows.append(self._update_table(sequence.seq_id))
             starts.append(start)
             is_decode = is_decode and count == 1 and start >= sequence.num_prompt_tokens
             if count == 1:
@@ -92,6 +86,24 @@ class BatchBuilder:
             slot_offsets=self._tensor(positions - places * block_size),
             spans=() if is_decode else _spans(batch, rows),
         )
+
+    def place(self, batch: ScheduledBatch) -> list[int]:
+        """Bring the tables up to date; returns the row of each of the batch's sequences."""
+        for seq_id in batch.released_seq_ids:
+            # Absent if the sequence came and went in a step that failed before it was built.
+            row = self._rows.pop(seq_id, None)
+            if row is not None:
+                self._free_rows.append(row)
+        return [self._update_table(sequence.seq_id) for sequence in batch.sequences]
+
+    def table(self, row: int) -> np.ndarray:
+        """One row of the tables, (blocks,) int32: to be read only."""
+        table: np.ndarray = self._tables[row]
+        return table
+
+    def num_blocks(self, row: int) -> int:
+        """How many blocks of a row of the tables mean something."""
+        return self._lengths[row]
 
     def _update_table(self, seq_id: int) -> int:
         """Bring a sequence's row of the tables up to date, and return which it is."""

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from engine.batch import BatchBuilder
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
+from engine.cuda_graph import AttentionFactory
 from engine.flight_recorder import FlightRecorder
 from engine.kv_cache import KVCache
 from engine.messages import Abort, Choice, StepOutput, StepStats, Submit, TokenOutput
-from engine.model_runner import AttentionFactory, ModelRunner, StepResult
+from engine.model_runner import ModelRunner, StepResult
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Outcome, ScheduledBatch, Scheduler
 from engine.sequence import Sequence
@@ -33,11 +34,14 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         weights_id: bytes = b"",
         attention: AttentionFactory | None = None,
+        use_triton: bool | None = None,
+        keep_state_on_device: bool | None = None,
     ) -> None:
         """Take over a model in evaluation mode and allocate its cache.
 
         `vocab_size` is the tokenizer's: ids from there on are padding. `weights_id` keys the
-        prefix cache. Raises CacheTooSmall if `num_blocks` hold less than one context.
+        prefix cache. What follows it is chosen by the device where it is None. Raises
+        CacheTooSmall if `num_blocks` hold less than one context.
         """
         self.n_ctx = model.config.n_ctx
         self.vocab_size = vocab_size
@@ -69,7 +73,10 @@ class Engine:
             ),
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
+            max_num_sequences=config.max_num_sequences,
             attention=attention,
+            use_triton=use_triton,
+            keep_state_on_device=keep_state_on_device,
         )
         self._next_seq_id = 0  # for `generate`
         self.last_step_at = time.monotonic()  # when the last step ended
@@ -158,6 +165,7 @@ class Engine:
         params = SamplingParams(max_tokens=2, ignore_eos=True, logprobs=0, prompt_logprobs=0)
         for _ in self.generate([0, 0], params):
             pass
+        self._runner.warm_up()
 
     def is_batch_invariant(self) -> bool:
         """Whether a row comes out in the same bytes however many come with it, as measured now."""

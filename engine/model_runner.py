@@ -1,17 +1,18 @@
 """A scheduled batch in, draws out: the one place where a step touches the model."""
 
+import importlib.util
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.attention import PagedAttention
 from engine.attention_cpu import CPUPagedAttention
-from engine.batch import BatchBuilder, ModelInput
+from engine.batch import BatchBuilder
+from engine.cuda_graph import NOT_FINITE, AttentionFactory, DecodeLoop, DecodeStep
 from engine.kv_cache import KVCache
 from engine.linear import Head, pack
 from engine.messages import TopLogprobs
@@ -19,11 +20,7 @@ from engine.sampler import sample, token_logprobs
 from engine.sampling_row import SamplingRow
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
-from model.attention import Attend
-from model.config import GPTConfig
 from model.gpt import GPT, Block
-
-AttentionFactory = Callable[[GPTConfig, KVCache, ModelInput], Attend]
 
 _LOGPROB_ROWS = 32  # prompt positions whose logits are held at a time
 _PROBED_COUNTS = (1, 2, 3, 7, 16, 33, 64)  # of rows
@@ -55,11 +52,28 @@ class ModelRunner:
         *,
         vocab_size: int,
         eos_token_ids: tuple[int, ...],
+        max_num_sequences: int,
         attention: AttentionFactory | None = None,
+        use_triton: bool | None = None,
+        keep_state_on_device: bool | None = None,
     ) -> None:
-        """Take over a model, whose projections are packed in place where that pays."""
-        self._head = Head(model.wte.weight, vocab_size)
-        pack(model)
+        """Take over a model, whose layers are replaced in place where that pays.
+
+        `use_triton`, for the kernels of a GPU, and `keep_state_on_device`, for decoding from
+        there (`cuda_graph.py`), are what CUDA is for; None leaves them to the device.
+        """
+        on_cuda = model.wte.weight.device.type == "cuda"
+        if use_triton is None:
+            use_triton = on_cuda and importlib.util.find_spec("triton") is not None
+        if use_triton:
+            from engine.attention_triton import TritonPagedAttention
+            from engine.block_triton import fuse
+
+            self._head: nn.Module = fuse(model, vocab_size)
+            attention = attention or TritonPagedAttention
+        else:
+            self._head = Head(model.wte.weight, vocab_size)
+            pack(model)
         self._model = model
         self._cache = cache
         self._builder = builder
@@ -68,6 +82,17 @@ class ModelRunner:
             on_cpu = model.wte.weight.device.type == "cpu"
             attention = CPUPagedAttention if on_cpu else PagedAttention
         self._attention = attention
+        self._decode_loop: DecodeLoop | None = None
+        if on_cuda if keep_state_on_device is None else keep_state_on_device:
+            step = DecodeStep(
+                model,
+                self._head,
+                cache,
+                attention,
+                max_num_sequences=max_num_sequences,
+                vocab_size=vocab_size,
+            )
+            self._decode_loop = DecodeLoop(step, builder, max_num_sequences=max_num_sequences)
         self._sampling_rows: dict[int, SamplingRow] = {}  # by sequence
 
     @torch.inference_mode()
@@ -77,14 +102,28 @@ class ModelRunner:
             self._sampling_rows.pop(seq_id, None)
         if batch.blocks_to_clear:
             self._cache.clear(batch.blocks_to_clear)
+        if self._decode_loop is not None:
+            self._decode_loop.forget(batch.released_seq_ids)
+            if batch.is_decode:
+                return self._decode(batch, self._decode_loop)
         model_input = self._builder.build(batch)
         attend = self._attention(self._model.config, self._cache, model_input)
         start = time.perf_counter()
         hidden = self._model(model_input.tokens, model_input.positions, attend)  # (N, C)
-        result = self._draw(batch, hidden)
+        result = StepResult(draws=[])
+        if batch.sampled_rows:
+            ends = np.cumsum(batch.num_scheduled_tokens) - 1  # the last token of each row
+            last = torch.from_numpy(ends[batch.sampled_rows]).to(hidden.device)
+            result = self._draw(batch, self._head(hidden[last]))
         self._score_prompts(batch, hidden, result)
         result.kernel_seconds = time.perf_counter() - start
         return result
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Record what can be, so that no request waits for it."""
+        if self._decode_loop is not None:
+            self._decode_loop.capture_all()
 
     @torch.inference_mode()
     def is_batch_invariant(self) -> bool:
@@ -102,14 +141,28 @@ class ModelRunner:
             for count in _PROBED_COUNTS
         )
 
-    def _draw(self, batch: ScheduledBatch, hidden: Tensor) -> StepResult:
-        """Choose a token for each of the rows that have caught up, from hidden states (N, C)."""
-        if not batch.sampled_rows:
-            return StepResult(draws=[])
-        ends = np.cumsum(batch.num_scheduled_tokens) - 1  # the last token of each row
-        last = torch.from_numpy(ends[batch.sampled_rows]).to(hidden.device)
+    def _decode(self, batch: ScheduledBatch, loop: DecodeLoop) -> StepResult:
+        """Compute a step in which every row is the next one of its completion."""
+        start = time.perf_counter()
+        try:
+            found = loop.run(batch.sequences, self._builder.place(batch))
+            if loop.needs_host:
+                result = self._draw(batch, found)
+                loop.feed(torch.tensor(result.draws, device=found.device))
+            else:
+                draws = found.tolist()
+                failed = [row for row, token_id in enumerate(draws) if token_id == NOT_FINITE]
+                result = StepResult(draws=draws, failed_rows=failed)
+        except BaseException:
+            loop.forget()  # who knows how far it came
+            raise
+        result.kernel_seconds = time.perf_counter() - start
+        return result
+
+    def _draw(self, batch: ScheduledBatch, logits: Tensor) -> StepResult:
+        """Choose a token for each of the rows that have caught up, from their logits (R, V)."""
         rows = [self._sampling_row(batch.sequences[row]) for row in batch.sampled_rows]
-        sampled = sample(self._head(hidden[last]), rows)
+        sampled = sample(logits, rows)
         result = StepResult(draws=sampled.token_ids.tolist())
         for row, is_finite in zip(batch.sampled_rows, sampled.is_finite.tolist(), strict=True):
             if not is_finite:

@@ -43,6 +43,14 @@ class ScheduledBatch:
         """Tokens of all rows."""
         return sum(self.num_scheduled_tokens)
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row is one token of a completion, and yields the next."""
+        return len(self.sampled_rows) == self.num_tokens and all(
+            sequence.num_computed_tokens >= sequence.num_prompt_tokens
+            for sequence in self.sequences
+        )
+
 
 class Outcome(NamedTuple):
     """What a step brought one sequence: a token, an end (`sequence.finish_reason`), or both."""

@@ -1,0 +1,261 @@
+"""The decode step over fixed buffers: here as plain calls, on CUDA as graphs of the same calls."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from engine.attention import PagedAttention
+from engine.cuda_graph import NOT_FINITE, DecodeStep, Sampling, sampling_of
+from engine.engine import Engine
+from engine.kv_cache import KVCache
+from engine.sampling_params import SamplingParams
+from model.gpt import GPT
+from tests.engine.engines import CONFIG, Request, make_engine, random_prompt, run
+from tests.tiny_models import tiny_gpt
+
+HAS_CUDA = torch.cuda.is_available()
+VOCAB_SIZE = 95
+
+
+def params(**changes: Any) -> SamplingParams:
+    settings: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "seed": 7, **changes}
+    return SamplingParams(**settings)
+
+
+GREEDY = params(temperature=0)
+PLAIN = params(temperature=0.8, seed=3)
+FILTERED = params(temperature=1.3, top_k=20, top_p=0.9, min_p=0.01, seed=-5)
+BY_HOST = params(temperature=1.0, repetition_penalty=1.3, logit_bias={5: 4.0}, logprobs=3)
+
+
+def requests(*kinds: SamplingParams, **settings: Any) -> list[Request]:
+    """One of each kind, with prompts of different lengths that arrive one after the other."""
+    return [
+        Request(random_prompt(3 + 5 * index, seed=index), kind, arrives=2 * index, **settings)
+        for index, kind in enumerate(kinds)
+    ]
+
+
+def drawn(engine: Engine, workload: list[Request]) -> list[Any]:
+    return [[choice.drawn for choice in choices] for choices in run(engine, workload)]
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [
+        requests(GREEDY, GREEDY, GREEDY),
+        requests(PLAIN, GREEDY, PLAIN),
+        requests(FILTERED, PLAIN, GREEDY),
+        requests(BY_HOST, FILTERED, PLAIN, GREEDY),
+        requests(PLAIN, GREEDY, num_choices=3),
+        requests(GREEDY, params(max_tokens=1), params(max_tokens=40)),
+    ],
+)
+def test_decoding_from_the_device_draws_what_decoding_from_the_host_draws(
+    workload: list[Request],
+) -> None:
+    usual = make_engine(attention=PagedAttention, keep_state_on_device=False)
+    ours = make_engine(attention=PagedAttention, keep_state_on_device=True)
+
+    assert drawn(ours, workload) == drawn(usual, workload)
+
+
+def test_preemption_changes_nothing() -> None:
+    workload = [Request(random_prompt(9, seed=s), params(max_tokens=40, seed=s)) for s in range(6)]
+    roomy = make_engine(attention=PagedAttention, keep_state_on_device=False)
+    tight = make_engine(attention=PagedAttention, keep_state_on_device=True, num_blocks=30)
+
+    results = run(tight, workload)
+
+    assert sum(result.num_preemptions for (result,) in results) > 0
+    assert [[r.drawn for r in choices] for choices in results] == drawn(roomy, workload)
+
+
+def test_slots_of_finished_sequences_serve_others() -> None:
+    workload = [
+        Request(random_prompt(4, seed=s), params(max_tokens=3 + s % 4, seed=s), arrives=s)
+        for s in range(12)
+    ]
+    settings: dict[str, Any] = {"attention": PagedAttention, "max_num_sequences": 3}
+    usual = make_engine(keep_state_on_device=False, **settings)
+    ours = make_engine(keep_state_on_device=True, **settings)
+
+    assert drawn(ours, workload) == drawn(usual, workload)
+
+
+def test_a_row_that_is_not_finite_fails_alone() -> None:
+    model = tiny_gpt(CONFIG)
+    with torch.no_grad():
+        model.wpe.weight[9] = torch.nan
+    workload = [
+        Request(random_prompt(8, seed=1), GREEDY),
+        Request(random_prompt(2, seed=2), params(max_tokens=7)),
+    ]
+    engine = make_engine(model, attention=PagedAttention, keep_state_on_device=True)
+
+    broken, healthy = run(engine, workload)
+
+    assert broken[0].finish_reason == "error"
+    assert healthy[0].finish_reason == "length"
+
+
+class FailsOnce:
+    """PagedAttention whose nth call raises, in the middle of a step."""
+
+    def __init__(self, *, at: int) -> None:
+        self._remaining = at
+
+    def __call__(self, *arguments: Any) -> Any:
+        attend = PagedAttention(*arguments)
+
+        def fail_or_attend(layer: int, *qkv: torch.Tensor) -> torch.Tensor:
+            self._remaining -= 1
+            if self._remaining == 0:
+                raise RuntimeError("planted")
+            return attend(layer, *qkv)
+
+        return fail_or_attend
+
+
+def test_a_failed_step_can_be_repeated() -> None:
+    workload = requests(PLAIN)
+    expected = drawn(make_engine(attention=PagedAttention), workload)
+    engine = make_engine(attention=FailsOnce(at=10), keep_state_on_device=True)
+    step, failures = engine.step, []
+
+    def step_again(*arguments: Any) -> Any:
+        try:
+            return step(*arguments)
+        except RuntimeError as error:
+            failures.append(error)
+            return step(*arguments)
+
+    engine.step = step_again  # type: ignore[method-assign, assignment]
+
+    assert drawn(engine, workload) == expected
+    assert len(failures) == 1
+
+
+def make_step(model: GPT, *, device: str, max_num_sequences: int = 4) -> DecodeStep:
+    with torch.device(device):
+        cache = KVCache(CONFIG, num_blocks=70, block_size=4, dtype=torch.float32, device=device)
+        return DecodeStep(
+            model,
+            lambda hidden: model.logits(hidden)[:, :VOCAB_SIZE],
+            cache,
+            PagedAttention,
+            max_num_sequences=max_num_sequences,
+            vocab_size=VOCAB_SIZE,
+        )
+
+
+@pytest.mark.parametrize("sampling", Sampling)
+def test_the_step_reads_nothing_back_to_the_host(sampling: Sampling) -> None:
+    with torch.device("meta"):
+        model = GPT(CONFIG).eval()
+    step = make_step(model, device="meta")
+
+    result = step.run(3, sampling)
+
+    by_host = sampling == Sampling.BY_HOST
+    assert result.shape == ((3, VOCAB_SIZE) if by_host else (3,))
+    assert result.device.type == "meta"
+
+
+@pytest.mark.parametrize("sampling", [Sampling.GREEDY, Sampling.PLAIN, Sampling.FILTERED])
+@torch.inference_mode()
+def test_the_step_runs_on_without_the_host(sampling: Sampling) -> None:
+    """What it leaves in its buffers is all that the next one needs."""
+    engine = make_engine(keep_state_on_device=False, attention=PagedAttention)
+    kind = {Sampling.GREEDY: GREEDY, Sampling.PLAIN: PLAIN, Sampling.FILTERED: FILTERED}[sampling]
+    prompt = [3]
+    expected = drawn(engine, [Request(prompt, kind)])[0][0][0]
+    step = make_step(tiny_gpt(CONFIG), device="cpu")
+    integers, shares, tables, slots = step.static_buffers
+    where = [buffer.data_ptr() for buffer in step.static_buffers]
+    integers[2] = torch.tensor([prompt[0], 0, kind.seed, 0, kind.top_k or VOCAB_SIZE])
+    shares[2] = torch.tensor([kind.temperature, kind.top_p, kind.min_p])
+    tables[2] = torch.arange(1, 17)
+    slots[1] = 2
+
+    found = [step.run(2, sampling)[1].item() for _ in range(kind.max_tokens)]
+
+    assert found == expected
+    assert [buffer.data_ptr() for buffer in step.static_buffers] == where
+    assert not integers[-1].any(), "padding stays where it is"
+
+
+@torch.inference_mode()
+def test_padding_writes_to_the_null_block_alone() -> None:
+    step = make_step(tiny_gpt(CONFIG), device="cpu")
+    before = step.cache.k.clone()
+
+    step.run(4, Sampling.PLAIN)
+
+    assert torch.equal(step.cache.k[:, 1:], before[:, 1:])
+    assert not torch.equal(step.cache.k[:, 0], before[:, 0])
+
+
+@torch.inference_mode()
+def test_a_row_at_the_end_of_the_context_stays_there() -> None:
+    step = make_step(tiny_gpt(CONFIG), device="cpu")
+    integers, _, _, slots = step.static_buffers
+    integers[0, 1] = CONFIG.n_ctx - 1
+    slots[0] = 0
+
+    step.run(1, Sampling.GREEDY)
+    token = step.run(1, Sampling.GREEDY)
+
+    assert integers[0, 1] == CONFIG.n_ctx - 1
+    assert token != NOT_FINITE
+
+
+def test_a_step_does_no_more_than_its_sequences_need() -> None:
+    assert sampling_of(GREEDY, VOCAB_SIZE) == Sampling.GREEDY
+    assert sampling_of(PLAIN, VOCAB_SIZE) == Sampling.PLAIN
+    assert sampling_of(params(top_k=VOCAB_SIZE), VOCAB_SIZE) == Sampling.PLAIN
+    filters: list[dict[str, Any]] = [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}]
+    for one in filters:
+        assert sampling_of(params(**one), VOCAB_SIZE) == Sampling.FILTERED
+    counted: list[dict[str, Any]] = [
+        {"typical_p": 0.5},
+        {"logprobs": 0},
+        {"min_tokens": 2},
+        {"presence_penalty": 1.0},
+        {"frequency_penalty": 1.0},
+        {"repetition_penalty": 1.1},
+        {"logit_bias": {1: 1.0}},
+        {"allowed_token_ids": (1, 2)},
+    ]
+    for one in counted:
+        assert sampling_of(params(**one), VOCAB_SIZE) == Sampling.BY_HOST
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
+def test_graphs_draw_what_plain_calls_draw() -> None:
+    model = copy.deepcopy(tiny_gpt(CONFIG)).cuda()
+    workload = requests(BY_HOST, FILTERED, PLAIN, GREEDY)
+    usual = make_engine(model, keep_state_on_device=False)
+    ours = make_engine(model, keep_state_on_device=True)
+    ours.warm_up()
+
+    assert drawn(ours, workload) == drawn(usual, workload)
+
+
+def test_the_triton_engine_draws_what_the_plain_one_draws() -> None:
+    pytest.importorskip("triton", reason="comes with torch on CUDA and with the test extra")
+    device = "cuda" if HAS_CUDA else "cpu"
+    model = tiny_gpt(CONFIG).to(device)
+    workload = [
+        Request(random_prompt(20, seed=1), params(max_tokens=4, temperature=0)),
+        Request(random_prompt(6, seed=2), params(max_tokens=6, seed=9), arrives=1),
+    ]
+    usual = make_engine(model, attention=PagedAttention, use_triton=False)
+    ours = make_engine(model, use_triton=True, keep_state_on_device=True)
+
+    found = [[choice.token_ids for choice in result] for result in run(ours, workload)]
+
+    assert found == [[choice.token_ids for choice in result] for result in run(usual, workload)]
