@@ -6,7 +6,8 @@ FROM ${BASE_IMAGE} AS build
 ARG PIP_ARGS=
 WORKDIR /src
 RUN python -m venv /opt/kvik
-COPY pyproject.toml README.md LICENSE kvik.py ./
+COPY pyproject.toml README.md LICENSE ./
+COPY kvik ./kvik
 COPY model ./model
 COPY weights ./weights
 COPY engine ./engine

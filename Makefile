@@ -12,8 +12,15 @@ help:  ## Show this help.
 serve: .venv/.run  ## Serve the storyteller on http://127.0.0.1:8000.
 	.venv/bin/kvik serve
 
-test: .venv/.test  ## Run the tests.
+# Who computes what, and where it lies, is decided in two files without torch. Their own tests take
+# every branch of them, in seconds.
+COVERAGE := .venv/bin/python -m coverage
+
+test: .venv/.test  ## Run the tests; the policy's must take every branch of it.
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	$(COVERAGE) run --include=engine/scheduler.py,engine/block_manager.py \
+	    -m pytest -q tests/engine/test_scheduler.py tests/engine/test_block_manager.py
+	$(COVERAGE) report --show-missing --fail-under=100
 
 test-clients: .venv/.clients  ## Test the server with other people's clients.
 	.venv/bin/python -m pytest tests/clients $(PYTEST_ARGS)

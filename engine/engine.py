@@ -3,13 +3,17 @@
 Knows no text, no HTTP and no processes; `worker.py` gives it one of its own.
 """
 
+import logging
 import time
 from collections.abc import Iterator
+
+import torch
 
 from engine.batch import BatchBuilder
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.cuda_graph import AttentionFactory
+from engine.errors import DoesNotFit
 from engine.flight_recorder import FlightRecorder
 from engine.kv_cache import KVCache
 from engine.messages import Abort, Choice, StepOutput, StepStats, Submit, TokenOutput
@@ -19,6 +23,10 @@ from engine.scheduler import Outcome, ScheduledBatch, Scheduler
 from engine.sequence import Sequence
 from engine.validation import check_request
 from model.gpt import GPT
+
+logger = logging.getLogger(__name__)
+
+_OUT_OF_MEMORY = "out_of_memory"  # as a client reads it
 
 
 class Engine:
@@ -119,7 +127,9 @@ class Engine:
     def step(self, recorder: FlightRecorder | None = None) -> StepOutput | None:
         """Advance every running sequence by one batch; None when there was nothing to do.
 
-        Raises what the machine raises; the step is then taken back and may be tried again.
+        Raises what the machine raises; the step is then taken back and may be tried again. Where
+        the memory is too small for it, its youngest sequence fails, and the next step is the same
+        without it.
         """
         batch = self._scheduler.schedule()
         if not batch.sequences:
@@ -131,15 +141,20 @@ class Engine:
             sequence.scheduled_at = sequence.scheduled_at or now  # the first time counts
         try:
             result = self._runner.execute(batch)
+        except torch.OutOfMemoryError:
+            self._scheduler.fail(batch)
+            output = self._give_up_youngest(batch)
         except BaseException:
             self._scheduler.fail(batch)
             raise
-        outcomes = self._scheduler.update(batch, result.draws, result.failed_rows)
+        else:
+            outcomes = self._scheduler.update(batch, result.draws, result.failed_rows)
+            self.kernel_seconds = result.kernel_seconds
+            output = self._report(batch, result, outcomes)
         self.last_step_at = time.monotonic()
-        self.kernel_seconds = result.kernel_seconds
         if recorder is not None:
             recorder.end_step()
-        return self._report(batch, result, outcomes)
+        return output
 
     def generate(
         self, prompt_ids: list[int], params: SamplingParams, *, num_choices: int = 1
@@ -160,12 +175,25 @@ class Engine:
             self.abort(Abort(request_id=request_id))  # if the caller had enough
 
     def warm_up(self) -> None:
-        """Compile and load what a first step would, before anyone waits for it."""
+        """Compile and load what a first step would, before anyone waits for it.
+
+        Raises DoesNotFit if there is no memory for even this.
+        """
         # Prompt logprobs, because a request with them leaves no trace in the prefix cache's counts.
         params = SamplingParams(max_tokens=2, ignore_eos=True, logprobs=0, prompt_logprobs=0)
-        for _ in self.generate([0, 0], params):
-            pass
-        self._runner.warm_up()
+        for _, output in self.generate([0, 0], params):
+            if output.error_code == _OUT_OF_MEMORY:
+                raise DoesNotFit(
+                    "Beside the weights and the KV cache the device has no memory left for a step "
+                    "of two tokens: lower kv_cache_bytes or num_blocks, or free memory."
+                )
+        try:
+            self._runner.warm_up()
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(
+                "Beside the weights and the KV cache the device has no memory left for the graphs "
+                "of decoding: lower kv_cache_bytes, num_blocks or max_num_sequences, or free memory."
+            ) from error
 
     def is_batch_invariant(self) -> bool:
         """Whether a row comes out in the same bytes however many come with it, as measured now."""
@@ -174,6 +202,26 @@ class Engine:
     def counts(self) -> StepOutput:
         """The counts alone: an abort changed them, and no step will tell."""
         return StepOutput(outputs=[], stats=self._stats(0))
+
+    def _give_up_youngest(self, batch: ScheduledBatch) -> StepOutput:
+        """Fail one sequence of a step that did not fit into the memory; the others know nothing."""
+        victim = self._scheduler.give_up_youngest(batch)
+        assert victim is not None, "nobody aborts while a step runs"
+        num_sequences, num_tokens = len(batch.sequences), batch.num_tokens
+        logger.error(
+            "out of memory id=%s sequences=%d tokens=%d",
+            victim.request_id, num_sequences, num_tokens,
+        )  # fmt: skip
+        error = (
+            f"The device ran out of memory in a step of {num_sequences} sequences and {num_tokens} "
+            "tokens, and this sequence, the youngest, was given up. What helps: fewer requests at "
+            "once, or a server with smaller --max-num-scheduled-tokens, --max-num-sequences or "
+            "--kv-cache-bytes."
+        )
+        failed = TokenOutput(
+            seq_id=victim.seq_id, finish_reason="error", error=error, error_code=_OUT_OF_MEMORY
+        )
+        return StepOutput(outputs=[failed], stats=self._stats(0))
 
     def _report(
         self, batch: ScheduledBatch, result: StepResult, outcomes: list[Outcome]
@@ -211,6 +259,7 @@ class Engine:
             logprobs=result.logprobs.get(outcome.row),
             prompt_logprobs=result.prompt_logprobs.get(outcome.row),
             error="The model's logits were not finite for this sequence." if has_failed else None,
+            error_code="non_finite_logits" if has_failed else None,
             num_cached_tokens=sequence.num_cached_tokens if tells_all else 0,
             num_preemptions=sequence.num_preemptions if tells_all else 0,
             scheduled_at=sequence.scheduled_at if tells_all else 0.0,

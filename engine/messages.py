@@ -59,7 +59,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
     finish_reason: str | None = None  # stop, length, abort, error
     logprobs: TopLogprobs | None = None
     prompt_logprobs: list[TopLogprobs] | None = None  # of the prompt tokens after the first
-    error: str | None = None
+    error: str | None = None  # a sentence for people
+    error_code: str | None = None  # and a word for programs: non_finite_logits, out_of_memory
     # With the first token, and again with the end.
     num_cached_tokens: int = 0
     num_preemptions: int = 0

@@ -132,9 +132,7 @@ class Scheduler:
         choices = self._requests.get(request_id, {})
         sequences = [s for s in choices.values() if choice is None or s.choice == choice]
         for sequence in sequences:
-            if sequence.state == "waiting":
-                del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]
-            self._finish(sequence, "abort")
+            self._end(sequence, "abort")
         if self._in_flight is None:
             self._release_finished()
         return len(sequences)
@@ -219,6 +217,19 @@ class Scheduler:
                 self._running.remove(sequence)
                 self._send_back(sequence)
 
+    def give_up_youngest(self, batch: ScheduledBatch) -> Sequence | None:
+        """End with "error" the one of a failed step's sequences that would be preempted first.
+
+        After `fail`, for a step that was too large: the next one is tried without that sequence.
+        None if all of them were aborted meanwhile.
+        """
+        assert self._in_flight is None, "between steps"
+        victim = max((s for s in batch.sequences if not s.is_finished), key=_order, default=None)
+        if victim is not None:
+            self._end(victim, "error")
+            self._release_finished()
+        return victim
+
     def _grow_running(self) -> int:
         """Give every running sequence room for its tokens; returns how many were preempted."""
         num_running = len(self._running)
@@ -282,6 +293,12 @@ class Scheduler:
             self._finish(sequence, "stop")
         elif sequence.num_tokens == sequence.max_num_tokens:
             self._finish(sequence, "length")
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Finish a sequence wherever it is; a running one is still to be released."""
+        if sequence.state == "waiting":
+            del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]
+        self._finish(sequence, reason)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.state = "finished"

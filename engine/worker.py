@@ -89,7 +89,8 @@ def serve(
         for frame in inbox.take(wait=engine.is_idle):
             if isinstance(frame, Submit):
                 # On the record: a request may also be the death of us before its first step.
-                recorder.start_step([choice.seq_id for choice in frame.choices])
+                # One choice names it: there may be more than the record, or a step, has room for.
+                recorder.start_step([frame.choices[0].seq_id])
                 engine.add(frame)
                 recorder.end_step()
             elif isinstance(frame, Abort):

@@ -1,12 +1,64 @@
 """How well a model predicts a text: the sum of log-probabilities, over any length of text."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from model.attention import CausalAttention
 from model.gpt import GPT
+from model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What a model made of a text, in the units that people compare."""
+
+    log_likelihood: float  # the sum over the scored tokens, in nats
+    num_scored: int
+    num_bytes: int  # of the scored tokens
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return -self.log_likelihood / self.num_scored
+
+    @property
+    def perplexity(self) -> float:
+        """The choice, among so many equal ones, that each token was to the model."""
+        return math.exp(min(self.loss, 700))  # a float ends a little beyond
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers, as the text's bytes are the same to all."""
+        return -self.log_likelihood / math.log(2) / self.num_bytes
+
+
+def score(
+    model: GPT,
+    tokenizer: Tokenizer,
+    tokens: Sequence[int],
+    *,
+    bos_token_id: int | None,
+    advance: Callable[[int], None] = lambda num_tokens: None,
+) -> Score:
+    """Score a text that `tokenizer` encoded. Like `log_likelihood`, which computes the sum."""
+    total, num_scored = log_likelihood(
+        model,
+        tokens,
+        bos_token_id=bos_token_id,
+        vocab_size=tokenizer.vocab_size,
+        advance=advance,
+    )
+    # Without a bos the first token is only context.
+    scored = tokens[len(tokens) - num_scored :]
+    return Score(
+        log_likelihood=total,
+        num_scored=num_scored,
+        num_bytes=sum(len(tokenizer.token_bytes(token_id)) for token_id in scored),
+    )
 
 
 def log_likelihood(

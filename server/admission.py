@@ -43,7 +43,7 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
         on_rejection: Callable[[str], None] = lambda bound: None,
     ) -> None:
-        self._max_choices = max_choices
+        self.max_choices = max_choices
         self._max_prompt_tokens = max_prompt_tokens
         self._clock = clock
         self._on_rejection = on_rejection
@@ -54,7 +54,7 @@ class Admission:
     def reserve(self, *, num_choices: int, num_prompt_tokens: int) -> Permit:
         """Take room for a request, or raise: Overloaded, or InvalidRequest if it never fits."""
         for bound, asked, taken, limit, column in (
-            ("requests", num_choices, self.num_choices, self._max_choices, 1),
+            ("requests", num_choices, self.num_choices, self.max_choices, 1),
             (
                 "prompt_tokens",
                 num_prompt_tokens,

@@ -15,7 +15,6 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -34,7 +33,7 @@ from server.errors import (
 )
 from server.gate import Gate
 from server.listener import HttpProtocol
-from server.protocol import CompletionRequest, DetokenizeRequest, StreamOptions, TokenizeRequest
+from server.openapi import describe
 from server.routes import completions_router, model_router, operations_router
 from server.served_model import ServedModel
 from server.service import VERSION, Service
@@ -72,31 +71,14 @@ def create_app(service: Service) -> FastAPI:
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    _describe_bodies(app)
-    return app
 
-
-def _describe_bodies(app: FastAPI) -> None:
-    """Add to the OpenAPI document the bodies that routes read themselves."""
-
-    def openapi() -> dict[str, object]:
+    def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            document = get_openapi(
-                title=app.title,
-                version=app.version,
-                description=app.description,
-                routes=app.routes,
-            )
-            schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            template = "#/components/schemas/{model}"
-            for kind in (CompletionRequest, TokenizeRequest, DetokenizeRequest, StreamOptions):
-                schema = kind.model_json_schema(ref_template=template)
-                schema.pop("$defs", None)
-                schemas[kind.__name__] = schema
-            app.openapi_schema = document
+            app.openapi_schema = describe(app, service)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+    return app
 
 
 def _answer(error: ApiError) -> Response:
@@ -116,12 +98,11 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     if error.status_code == 404:
         return _answer(NotFound("There is nothing here; GET /docs shows what there is."))
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        return _answer(
-            MethodNotAllowed(
-                f"This route takes {allowed or 'other methods'}.", headers=error.headers
-            )
-        )
+        methods = {*(error.headers or {}).get("Allow", "").split(", ")} - {""}
+        if "GET" in methods:
+            methods.add("HEAD")  # the gate answers it
+        allowed = ", ".join(sorted(methods))
+        return _answer(MethodNotAllowed(f"This route takes {allowed}.", headers={"Allow": allowed}))
     refusal = InvalidRequest(str(error.detail), headers=error.headers)
     refusal.status = error.status_code
     return _answer(refusal)

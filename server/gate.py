@@ -31,7 +31,10 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        method = scope["method"] if scope["method"] in _METHODS else "other"
         state = scope.setdefault("state", {})
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}  # its body stays here
         sent_id = headers.get(b"x-request-id", b"")
         state["request_id"] = (
             sent_id.decode() if _REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(12)
@@ -48,6 +51,8 @@ class Gate:
                 ]
                 if self._service.is_draining:
                     message["headers"].append((b"connection", b"close"))
+            elif method == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -57,7 +62,6 @@ class Gate:
             await send_error(error, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
-            method = scope["method"] if scope["method"] in _METHODS else "other"
             self._service.metrics.http.labels(route, method, str(status)).inc()
 
     def _authenticate(self, path: str, authorization: bytes) -> bytes:

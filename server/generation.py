@@ -367,7 +367,7 @@ class Generation:
             return None
         if output.finish_reason == "error":
             raise EngineFailed(
-                output.error or "The model failed on this request.", code="non_finite_logits"
+                output.error or "The model failed on this request.", code=output.error_code
             )
         if output.prompt_logprobs:
             run.add_prompt_logprobs(output.seq_id, output.prompt_logprobs)

@@ -110,11 +110,17 @@ Prompt = Annotated[
         {
             "anyOf": [
                 {"type": "string"},
-                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                {
+                    "type": "array",
+                    "items": {"type": "string"},
+                    "minItems": 1,
+                    "maxItems": MAX_PROMPTS,
+                },
                 {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
                 {
                     "type": "array",
                     "minItems": 1,
+                    "maxItems": MAX_PROMPTS,
                     "items": {
                         "type": "array",
                         "items": {"type": "integer", "minimum": 0},
@@ -205,7 +211,9 @@ class StreamOptions(Body):
         default=False, description="End with a chunk that has `usage` and no choices."
     )
     include_obfuscation: bool = Field(
-        default=False, description="OpenAI's padding of chunks; only false is supported."
+        default=False,
+        description="OpenAI's padding of chunks; only false is supported.",
+        json_schema_extra={"const": False},
     )
 
     @model_validator(mode="after")
@@ -224,7 +232,7 @@ class CompletionRequest(Body):
     prompt: Prompt | None = Field(
         default=None, description="Text, texts, token ids or lists of them; empty: from bos."
     )
-    best_of: Annotated[int, Field(ge=0, le=20)] | None = Field(
+    best_of: Annotated[int, Field(ge=1, le=20)] | None = Field(
         default=None,
         description="Candidates a prompt, of which the `n` with the best mean logprob return.",
     )
@@ -281,7 +289,9 @@ class CompletionRequest(Body):
     skip_special_tokens: bool = Field(
         default=True, description="Leave special tokens out of the text."
     )
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(
+    truncate_prompt_tokens: (
+        Annotated[int, Field(ge=-1, lt=2**31, json_schema_extra={"not": {"const": 0}})] | None
+    ) = Field(
         default=None,
         description="Keep this many tokens from the prompt's end; -1: as many as fit.",
     )
@@ -507,6 +517,25 @@ class HealthResponse(_Reply):
     reason: str | None
 
 
+class TimelineResponse(_Reply):
+    """What happened to a request; times of events are seconds after its arrival."""
+
+    request_id: str
+    received_at: float = Field(description="Unix time.")
+    stream: bool
+    num_prompts: int
+    n: int
+    max_tokens: int
+    state: str = Field(description="received, running or finished.")
+    outcome: str | None = Field(description="stop, length, abort, error, rejected or timeout.")
+    status: int | None
+    events: dict[str, float]
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    num_preemptions: int
+
+
 class VersionResponse(_Reply):
     """What runs here."""
 
@@ -535,7 +564,12 @@ def parse_body(kind: type[BodyT], raw: bytes) -> BodyT:
 
 def _parse_json(raw: bytes) -> Any:
     try:
-        return json.loads(raw, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        return json.loads(
+            raw,
+            parse_float=_parse_number,
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_unique,
+        )
     except RecursionError:
         raise InvalidRequest("The body is nested too deeply.") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are
@@ -550,6 +584,12 @@ def _first_line(error: ValueError) -> str:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _parse_number(text: str) -> int | float:
+    """JSON knows one kind of number: 2.0 is 2, also where an integer is wanted."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

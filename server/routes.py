@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from engine.errors import EngineDied, EngineError
 from engine.validation import check_request
@@ -36,6 +36,7 @@ from server.protocol import (
     HealthResponse,
     ModelCard,
     ModelList,
+    TimelineResponse,
     TokenizeRequest,
     TokenizeResponse,
     VersionResponse,
@@ -51,6 +52,34 @@ _LONG_TEXT_CHARACTERS = 4096  # beyond, tokenising leaves the event loop
 _CLIENT_CLOSED_REQUEST = 499  # nobody reads it; nginx's number for the counts
 
 
+# Before OpenAPI 3.2 there is no standard way; by custom the schema is that of an event.
+_EVENT_STREAM: dict[str, Any] = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "description": "With `stream`: chunks of the reply's shape and then `[DONE]`, or where "
+            "that fails, an error in the end.",
+            "properties": {
+                "data": {
+                    "anyOf": [
+                        {"const": "[DONE]"},
+                        *(
+                            {
+                                "type": "string",
+                                "contentMediaType": "application/json",
+                                "contentSchema": {"$ref": f"#/components/schemas/{kind.__name__}"},
+                            }
+                            for kind in (CompletionResponse, ErrorResponse)
+                        ),
+                    ]
+                }
+            },
+            "required": ["data"],
+        }
+    }
+}
+
+
 def _json(body: bytes, headers: dict[str, str] | None = None) -> Response:
     return Response(body, media_type="application/json", headers=headers)
 
@@ -61,10 +90,13 @@ def _documented(kind: type[Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": content}}}
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse}
-    for status in (400, 401, 404, 405, 408, 413, 415, 429, 431, 500, 503, 504)
-}
+def _errors(*statuses: int, is_public: bool = False) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entries of what a route refuses, and of what is refused before any route."""
+    before = (400, 408, 431, 500) if is_public else (400, 401, 408, 431, 500)
+    return {status: {"model": ErrorResponse} for status in sorted({*before, *statuses})}
+
+
+_BODY_ERRORS = (413, 415)  # besides 400 and 408
 
 
 async def read_body(request: Request, kind: type[BodyT], service: Service) -> BodyT:
@@ -138,6 +170,7 @@ async def read_prompt(
             raise InvalidRequest(
                 "The prompt is empty, and this model has no token to start from.", param="prompt"
             )
+        check_length(model, body, 1)
         return [model.bos_token_id], ""
     if keep is not None:
         room = max(1, model.n_ctx - body.max_tokens)
@@ -253,7 +286,10 @@ def completions_router(service: Service) -> APIRouter:
     @router.post(
         "/v1/completions",
         response_model=CompletionResponse,
-        responses=_ERRORS,
+        responses={
+            **_errors(404, *_BODY_ERRORS, 429, 503, 504),
+            200: {"description": "The completion, or its stream.", "content": _EVENT_STREAM},
+        },
         openapi_extra=_documented(CompletionRequest),
     )
     async def create_completion(request: Request) -> Response:
@@ -301,12 +337,12 @@ def model_router(service: Service) -> APIRouter:
         if name is not None and name != model.name:
             raise UnknownModel(model=name, served=model.name)
 
-    @router.get("/v1/models", response_model=ModelList, responses=_ERRORS)
+    @router.get("/v1/models", response_model=ModelList, responses=_errors())
     async def list_models() -> ModelList:
         """The models served here: one."""
         return ModelList(object="list", data=[card])
 
-    @router.get("/v1/models/{model_id:path}", response_model=ModelCard, responses=_ERRORS)
+    @router.get("/v1/models/{model_id:path}", response_model=ModelCard, responses=_errors(404))
     async def show_model(model_id: str) -> ModelCard:
         """One model."""
         check_model(model_id)
@@ -315,7 +351,7 @@ def model_router(service: Service) -> APIRouter:
     @router.post(
         "/tokenize",
         response_model=TokenizeResponse,
-        responses=_ERRORS,
+        responses=_errors(404, *_BODY_ERRORS),
         openapi_extra=_documented(TokenizeRequest),
     )
     async def tokenize_text(request: Request) -> Response:
@@ -328,7 +364,7 @@ def model_router(service: Service) -> APIRouter:
     @router.post(
         "/detokenize",
         response_model=DetokenizeResponse,
-        responses=_ERRORS,
+        responses=_errors(404, *_BODY_ERRORS),
         openapi_extra=_documented(DetokenizeRequest),
     )
     async def detokenize_ids(request: Request) -> Response:
@@ -356,28 +392,34 @@ def operations_router(service: Service) -> APIRouter:
 
     readiness: dict[str, Any] = {
         "response_model": HealthResponse,
-        "responses": {503: {"model": HealthResponse}},
+        "responses": {**_errors(is_public=True), 503: {"model": HealthResponse}},
     }
     add: Callable[..., Callable[[Callable[[], Awaitable[Response]]], Any]] = router.get
     add("/health/ready", **readiness)(show_readiness)
     add("/health", **readiness)(show_readiness)
 
-    @router.get("/health/live", response_model=HealthResponse)
+    @router.get("/health/live", response_model=HealthResponse, responses=_errors(is_public=True))
     async def show_liveness() -> HealthResponse:
         """That the server process answers; restart it when it does not."""
         return HealthResponse(status="alive", reason=None)
 
-    @router.get("/version", response_model=VersionResponse, responses=_ERRORS)
+    @router.get("/version", response_model=VersionResponse, responses=_errors())
     async def show_version() -> VersionResponse:
         """What runs here."""
         return VersionResponse(version=VERSION)
 
-    @router.get("/metrics", response_class=Response, responses=_ERRORS)
+    @router.get(
+        "/metrics",
+        response_class=PlainTextResponse,
+        responses={**_errors(), 200: {"description": "Prometheus' text format."}},
+    )
     async def show_metrics() -> Response:
         """Everything that is counted, for Prometheus."""
         return Response(service.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    @router.get("/v1/requests/{request_id}", responses=_ERRORS)
+    @router.get(
+        "/v1/requests/{request_id}", response_model=TimelineResponse, responses=_errors(404)
+    )
     async def show_request(request: Request, request_id: str) -> Response:
         """What happened to a request, and when; the last some thousand are remembered."""
         timeline = service.timelines.find(request_id.removeprefix("cmpl-"), request.state.salt)

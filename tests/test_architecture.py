@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ NO_TORCH = [
     "model/tokenizer.py",
     "model/vocabulary.py",
     "weights/hub.py",
+    "weights/inspection.py",
     "weights/layout.py",
     "weights/ledger.py",
     "engine/block_manager.py",
@@ -152,6 +154,42 @@ def test_the_server_s_modules_load_no_torch(module: str) -> None:
     assert found.strip() == "[]"
 
 
+@pytest.mark.parametrize("path", sources("kvik"), ids=name_of)
+def test_a_command_imports_its_room_when_it_runs(path: Path) -> None:
+    top = {module.split(".")[0] for module in imports(path, inside_functions=False)}
+
+    assert top <= {"kvik", "typer", "rich", *sys.stdlib_module_names}
+
+
+# Arguments that end where a command is about to compute, or end it.
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["inspect", "."],
+        ["prepare", "nowhere", "--out", "nowhere", "--tokenizer", "char"],
+        ["serve", "--model", "nowhere/here/now"],
+        ["bench", "serve", "http://127.0.0.1:9", "--num-requests", "1"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_that_needs_no_torch_loads_none(arguments: list[str], tmp_path: Path) -> None:
+    program = (
+        "import sys, kvik.__main__\n"
+        f"sys.argv = ['kvik', *{arguments!r}]\n"
+        "try: kvik.__main__.main()\n"
+        "except SystemExit: print({'torch', 'numba', 'transformers'} & sys.modules.keys())"
+    )
+
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+
+    assert result.stdout.splitlines()[-1] == "set()", result.stderr
+
+
 @pytest.mark.parametrize("path", sources(*ROOMS), ids=name_of)
 def test_imports_stand_on_top_but_for_what_may_be_absent(path: Path) -> None:
     top = set(imports(path, inside_functions=False))
@@ -160,7 +198,7 @@ def test_imports_stand_on_top_but_for_what_may_be_absent(path: Path) -> None:
     assert all(module in OPTIONAL or module.split(".")[0] in OPTIONAL for module in inside)
 
 
-@pytest.mark.parametrize("path", sources(*ROOMS, "tests"), ids=name_of)
+@pytest.mark.parametrize("path", sources(*ROOMS, "kvik", "tests"), ids=name_of)
 def test_a_package_s_init_holds_a_docstring_and_nothing_else(path: Path) -> None:
     if path.name == "__init__.py":
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -169,17 +207,17 @@ def test_a_package_s_init_holds_a_docstring_and_nothing_else(path: Path) -> None
         assert ast.get_docstring(tree)
 
 
-@pytest.mark.parametrize("path", sources(*ROOMS, "benchmarks", "tests"), ids=name_of)
+@pytest.mark.parametrize("path", sources(*ROOMS, "kvik", "benchmarks", "tests"), ids=name_of)
 def test_no_file_is_named_for_nothing(path: Path) -> None:
     assert path.stem not in {"utils", "util", "helpers", "common", "base", "misc"}
 
 
-@pytest.mark.parametrize("path", sources(*ROOMS), ids=name_of)
+@pytest.mark.parametrize("path", sources(*ROOMS, "kvik"), ids=name_of)
 def test_a_module_opens_with_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", [*ROOMS, "kvik"])
 def test_the_tests_look_at_this_checkout(room: str) -> None:
     spec = importlib.util.find_spec(room)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kvik import app
+from kvik.command_line import app
 from model.generate import generate
 from model.gpt import GPT
 from model.score import log_likelihood
@@ -110,7 +110,7 @@ def test_inspect_says_what_is_wrong_with_a_tokenizer_and_goes_on(tmp_path: Path)
 
 def test_inspect_loads_no_torch(checkpoint: Path) -> None:
     program = (
-        "import sys; from typer.testing import CliRunner; from kvik import app\n"
+        "import sys; from typer.testing import CliRunner; from kvik.command_line import app\n"
         f"result = CliRunner().invoke(app, ['inspect', {str(checkpoint)!r}])\n"
         "print(result.exit_code, 'torch' in sys.modules)"
     )

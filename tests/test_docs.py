@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import typer
 
-from kvik import app
+from kvik.command_line import app
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")

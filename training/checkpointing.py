@@ -42,6 +42,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "training_state.json"
 
 _PREFIX = "step-"
+_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # AdamW's three, Muon's one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +240,7 @@ class RunDirectory:
             for name, parameter in model.named_parameters():
                 optimizer.state[parameter] = {
                     key: tensors.pop(f"{name}:{key}").to(parameter.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    for key in _STATE_KEYS
                     if f"{name}:{key}" in tensors
                 }
             state = TrainingState(**document["state"])

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from model.config import Activation, GPTConfig
 from training.errors import ConfigError
 
+Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -42,13 +43,15 @@ class TrainingConfig:
     max_steps: int = 2000
     seed: int = 1337  # of weights, order of the data and dropout
 
-    # The optimizer: AdamW (Loshchilov and Hutter, 2017, arXiv:1711.05101).
+    # The optimizer: AdamW (Loshchilov and Hutter, 2017, arXiv:1711.05101) for all parameters, or
+    # Muon (Jordan, 2024) for the matrices of the blocks beside AdamW for the rest.
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 1e-3  # at the end of the warmup
     min_learning_rate: float = 1e-4  # at max_steps
     warmup_steps: int = 100
     schedule: Schedule = "cosine"
     weight_decay: float = 0.1  # of matrices; vectors are not decayed
-    beta1: float = 0.9
+    beta1: float = 0.9  # AdamW's, as the next
     beta2: float = 0.99
     gradient_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     max_skipped_steps: int = 5  # steps in a row with a loss that is not finite, then stop
@@ -99,6 +102,7 @@ class TrainingConfig:
         if self.seed >= 2**63:
             raise ValueError(f"seed must be less than 2**63, got {self.seed}")
         for name, kind in (
+            ("optimizer", Optimizer),
             ("schedule", Schedule),
             ("precision", Precision),
             ("device", Device),
@@ -160,10 +164,11 @@ PRESETS: Mapping[str, Mapping[str, Value]] = {
         "n_head": 4,
         "n_embd": 256,
         "n_ctx": 512,
-        "dropout": 0.1,
-        "batch": 16,
-        "max_steps": 2500,
-        "learning_rate": 1.5e-3,
+        "dropout": 0.15,
+        "batch": 8,
+        "max_steps": 4000,
+        "optimizer": "muon",
+        "learning_rate": 4e-3,
         "min_learning_rate": 1e-4,
         "warmup_steps": 100,
         "sample_prompt": "Once upon a time",

@@ -55,6 +55,15 @@ def available_memory_bytes(
     return max(0, available)
 
 
+def format_bytes(num_bytes: float) -> str:
+    """A number of bytes for people, in powers of a thousand."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000 or unit == "GB":
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.2f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError
+
+
 def _numbers(path: Path) -> dict[str, int]:
     """The first number of every line, by its first word."""
     lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())

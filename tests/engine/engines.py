@@ -58,6 +58,8 @@ class Result:
     logprobs: list[TopLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
+    error: str | None = None
+    error_code: str | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
 
@@ -70,6 +72,7 @@ class Result:
             self.logprobs.append(output.logprobs)
         self.prompt_logprobs += output.prompt_logprobs or []
         self.finish_reason = output.finish_reason
+        self.error, self.error_code = output.error, output.error_code
         if output.finish_reason is not None:
             self.num_cached_tokens = output.num_cached_tokens
             self.num_preemptions = output.num_preemptions

@@ -242,6 +242,18 @@ class SimulatedEngine:
         self.check()
         return outcomes
 
+    def give_up_youngest(self, batch: ScheduledBatch) -> Sequence | None:
+        """Take back a step for which the memory was too small, and end its youngest sequence."""
+        self.scheduler.fail(batch)
+        live = [sequence for sequence in batch.sequences if not sequence.is_finished]
+        victim = self.scheduler.give_up_youngest(batch)
+        if victim is not None:
+            assert victim.order == max(sequence.order for sequence in live)
+            self.ends[victim.seq_id] = "error"
+        assert (victim is None) == (not live)
+        self.check()
+        return victim
+
     def step(self) -> list[Outcome]:
         """One whole step without faults."""
         batch = self.schedule()

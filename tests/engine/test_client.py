@@ -105,6 +105,19 @@ async def test_tokens_cross_the_door_unchanged(launch: LaunchConfig) -> None:
 
 
 @in_time
+async def test_a_request_may_have_more_choices_than_run_at_once(launch: LaunchConfig) -> None:
+    assert ENGINE.max_num_sequences < 40
+    async with started(launch) as client:
+        stream = client.submit("many", [1, 2], params(1, 5), num_choices=40)
+        counts = [0] * 40
+        async for choice, _ in stream:
+            counts[choice] += 1
+
+        assert counts == [5] * 40
+        assert client.num_restarts == 0
+
+
+@in_time
 async def test_killed_at_random_moments_every_request_continues_as_it_would_have(
     launch: LaunchConfig,
 ) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import PagedAttention
-from engine.errors import CacheTooSmall, PromptTooLong, TokenOutOfRange
+from engine.errors import CacheTooSmall, DoesNotFit, PromptTooLong, TokenOutOfRange
 from engine.messages import Abort, Choice, Submit
 from engine.sampling_params import SamplingParams
 from model.attention import CausalAttention
@@ -365,6 +365,77 @@ def test_a_step_that_raises_can_be_tried_again() -> None:
     assert calls > 20
     expected = run(make_engine(attention=PagedAttention), workload())
     assert [r[0].token_ids for r in results] == [r[0].token_ids for r in expected]
+
+
+def attention_for(num_rows: int) -> type[PagedAttention]:
+    """An attention with the memory for so many rows, that finds out in the last layer."""
+
+    class SmallAttention(PagedAttention):
+        def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if len(q) > num_rows and layer == CONFIG.n_layer - 1:
+                raise torch.OutOfMemoryError("Tried to allocate more than there is.")
+            return super().__call__(layer, q, k, v)
+
+    return SmallAttention
+
+
+@pytest.mark.parametrize("num_rows", [3, 20, 41, 63])
+@pytest.mark.parametrize("enable_prefix_cache", [False, True])
+def test_a_step_too_large_for_the_memory_fails_few_and_leaves_the_others_as_they_were(
+    undisturbed: tuple[torch.dtype, list[Result]], num_rows: int, enable_prefix_cache: bool
+) -> None:
+    dtype, _ = undisturbed
+    # Every other one comes when the first are well under way.
+    requests = [
+        Request(request.prompt_ids, request.params, arrives=index % 2 * 7)
+        for index, request in enumerate(workload())
+    ]
+    plain = make_engine(dtype=dtype, attention=PagedAttention, enable_prefix_cache=False)
+    expected = run(plain, requests)
+    engine = make_engine(
+        dtype=dtype,
+        attention=attention_for(num_rows),
+        enable_prefix_cache=enable_prefix_cache,
+        num_blocks=60,  # which makes for preemptions too
+    )
+
+    results = run(engine, requests)
+
+    failed = [result.finish_reason == "error" for (result,) in results]
+    assert 0 < sum(failed) < len(requests)
+    for (result,), (whole,), has_failed in zip(results, expected, failed, strict=True):
+        if has_failed:  # and until then it got what it would have got
+            assert result.token_ids == whole.token_ids[: len(result.token_ids)]
+            assert result.error_code == "out_of_memory"
+        else:
+            assert result.drawn == whole.drawn
+    # What failed is gone, and those that come now are served as on the first day.
+    again = run(engine, [Request([1], sampled(10, seed=0))])
+    assert again[0][0].drawn == run(plain, [Request([1], sampled(10, seed=0))])[0][0].drawn
+    assert engine.counts().stats.num_used_blocks == 0
+
+
+def test_a_sequence_that_is_too_large_by_itself_fails_and_the_engine_goes_on() -> None:
+    engine = make_engine(attention=attention_for(8))
+
+    results = run(
+        engine,
+        [Request([1] * 9, sampled(3)), Request([2] * 8, sampled(3), arrives=1, num_choices=2)],
+    )
+
+    (large,), (first, second) = results
+    assert (large.finish_reason, large.token_ids) == ("error", [])
+    assert large.error is not None
+    assert "ran out of memory in a step of 1 sequences and 9 tokens" in large.error
+    assert "--max-num-sequences" in large.error
+    assert first.finish_reason == "length"
+    # The second shares the first one's blocks, but must compute the last token of its prompt too.
+    assert second.finish_reason == "error"
+
+
+def test_an_engine_without_memory_for_a_step_says_so_at_start() -> None:
+    with pytest.raises(DoesNotFit, match="lower kv_cache_bytes"):
+        make_engine(attention=attention_for(1)).warm_up()
 
 
 def test_this_machine_computes_a_row_alike_in_any_batch() -> None:

@@ -114,15 +114,22 @@ class PolicyStateMachine(RuleBasedStateMachine):
         self.engine.update(batch, draws, failed_rows)
 
     @precondition(lambda self: self.live())
-    @rule(data=st.data(), has_begun=st.booleans(), num_aborts=st.integers(0, 2))
-    def step_that_raises(self, data: st.DataObject, has_begun: bool, num_aborts: int) -> None:
+    @rule(
+        data=st.data(), has_begun=st.booleans(), num_aborts=st.integers(0, 2), is_too_large=RARELY
+    )
+    def step_that_raises(
+        self, data: st.DataObject, has_begun: bool, num_aborts: int, is_too_large: bool
+    ) -> None:
         """The step raises, before the machine touched the batch or after it prepared it."""
         batch = self.engine.schedule()
         if has_begun:
             self.engine.machine.prepare(batch)
         for _ in range(num_aborts):
             self.abort(data)
-        self.engine.scheduler.fail(batch)
+        if is_too_large:
+            self.engine.give_up_youngest(batch)
+        else:
+            self.engine.scheduler.fail(batch)
         self.engine.check()
 
     @precondition(lambda self: self.live())

@@ -645,6 +645,35 @@ def test_a_sequence_aborted_during_a_step_that_raises_does_not_come_back() -> No
     engine.check_at_rest()
 
 
+def test_a_step_too_large_for_the_memory_is_tried_again_without_its_youngest() -> None:
+    engine = make_engine()
+    oldest = engine.add([1] * 5, params=endless())
+    engine.step()
+    important = engine.add([3] * 5, params=endless(), priority=-1)
+    engine.step()
+    newcomer = engine.add([2] * 5)
+
+    victims = [engine.give_up_youngest(engine.schedule()) for _ in range(2)]
+    batch = engine.schedule()
+
+    assert victims == [newcomer, oldest]  # one was admitted by the step, one ran before it
+    assert newcomer.finish_reason == oldest.finish_reason == "error"
+    assert scheduled(batch) == {important.seq_id: 1}
+    execute(engine, batch, set())
+    engine.run()
+    engine.check_at_rest()
+
+
+def test_nobody_is_given_up_where_all_were_aborted_meanwhile() -> None:
+    engine = make_engine()
+    sequence = engine.add([1] * 5)
+    batch = engine.schedule()
+    engine.scheduler.abort(sequence.request_id)
+
+    assert engine.give_up_youngest(batch) is None
+    engine.check_at_rest()
+
+
 # Resubmission
 
 

@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import torch
 
 from model.attention import CausalAttention
 from model.gpt import GPT
-from model.score import log_likelihood
+from model.score import Score, log_likelihood, score
+from model.tokenizer import BytePairTokenizer, CharacterTokenizer
 from tests.tiny_models import random_tokens, tiny_config, tiny_gpt
 
 VOCAB_SIZE = 270  # of the 280 rows; the rest is padding
@@ -74,3 +77,35 @@ def test_padding_takes_no_part_in_the_normalisation(model: GPT) -> None:
     wide, _ = log_likelihood(model, tokens, bos_token_id=BOS, vocab_size=280)
 
     assert narrow > wide
+
+
+def test_a_score_is_told_in_the_units_of_its_tokens_and_of_its_bytes() -> None:
+    found = Score(log_likelihood=-6 * math.log(2), num_scored=3, num_bytes=12)
+
+    assert found.loss == pytest.approx(2 * math.log(2))
+    assert found.perplexity == pytest.approx(4)
+    assert found.bits_per_byte == pytest.approx(0.5)
+
+
+def test_a_hopeless_score_still_has_a_perplexity() -> None:
+    assert math.isfinite(Score(log_likelihood=-1e9, num_scored=1, num_bytes=1).perplexity)
+
+
+def test_the_bytes_of_a_score_are_those_of_the_text(
+    model: GPT, tokenizer: BytePairTokenizer
+) -> None:
+    text = "The then, café!"
+
+    found = score(model, tokenizer, tokenizer.encode(text), bos_token_id=BOS)
+
+    assert found.num_bytes == len(text.encode())
+
+
+def test_the_bytes_of_a_token_that_is_only_context_do_not_count() -> None:
+    tokenizer = CharacterTokenizer("abé")
+
+    found = score(
+        tiny_gpt(tiny_config(vocab_size=3)), tokenizer, tokenizer.encode("éab"), bos_token_id=None
+    )
+
+    assert (found.num_scored, found.num_bytes) == (2, 2)

@@ -64,7 +64,8 @@ class FakeEngine:
         self.running = asyncio.Event()
         self.running.set()
         self.failure: Exception | None = None  # ends a stream after its first token
-        self.bad_choice: int | None = None  # whose logits are not finite
+        self.bad_choice: int | None = None  # which fails
+        self.bad_code = "non_finite_logits"  # and how
         self.tokens_together = 1  # steps whose tokens arrive at once
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -145,7 +146,9 @@ class FakeEngine:
         elif step + 1 >= params.max_tokens:
             reason = "length"
         if index == self.bad_choice:
-            return TokenOutput(seq_id=index, finish_reason="error", error="Not finite.")
+            return TokenOutput(
+                seq_id=index, finish_reason="error", error="So it is.", error_code=self.bad_code
+            )
         is_telling = step == 0 or reason is not None
         return TokenOutput(
             seq_id=index,

@@ -47,7 +47,7 @@ BAD_FIELDS: list[tuple[str, list[Any]]] = [
     ("model", [None, 3, True, []]),
     ("prompt", [3, True, {}, [], [[]], [1, "a"], [None], [1.5], [True], [[1], "a"], [-1], [268],
                 [2**31], [2**63], [2**70], [[1], [2**63]], ["a"] * 2049]),
-    ("max_tokens", [-1, 1.5, 2.0, True, "16", 2**31, 2**63, 10**30, [], {}]),
+    ("max_tokens", [-1, 1.5, True, "16", 2**31, 2**63, 10**30, [], {}]),
     ("temperature", [-0.1, 2.1, True, "1", 10**400, []]),
     ("top_p", [-0.1, 1.1, "1", True]),
     ("n", [0, -1, 129, 1.5, True, "1", *HUGE]),
@@ -179,6 +179,18 @@ def test_a_body_that_is_no_request_is_a_400(
     check_shape(reply)
 
 
+@pytest.mark.parametrize("spelled", ["2.0", "2e0", "200e-2"])
+def test_a_number_without_a_fraction_is_an_integer_however_it_is_spelled(
+    shared: tuple[TestClient, Service], spelled: str
+) -> None:
+    body = json.dumps(GOOD).replace('"max_tokens": 2', f'"max_tokens": {spelled}')
+
+    reply = shared[0].post(URL, content=body, headers={"Content-Type": "application/json"})
+
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["usage"]["completion_tokens"] == 2
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
@@ -249,6 +261,9 @@ def test_routes_and_methods_that_there_are_not(shared: tuple[TestClient, Service
         ("a" * 65, 0, "prompt"),
         ([97] * 65, 0, "prompt"),
         ("a", 64, "max_tokens"),
+        ("", 63, None),
+        ("", 64, "max_tokens"),
+        (None, 64, "max_tokens"),
     ],
 )
 def test_prompt_and_max_tokens_must_fit_into_the_context(
@@ -289,16 +304,22 @@ def test_an_engine_that_dies_midway_is_a_500_or_an_error_event(serve: Serve) -> 
     assert rest == ""  # no [DONE]
 
 
-def test_a_choice_whose_logits_are_not_finite_fails_its_request_alone(serve: Serve) -> None:
+@pytest.mark.parametrize("code", ["non_finite_logits", "out_of_memory"])
+def test_a_choice_that_fails_fails_its_request_alone_and_says_how(serve: Serve, code: str) -> None:
     with serve() as (client, service):
         service.engine.bad_choice = 1
+        service.engine.bad_code = code
         bad = client.post(URL, json={**GOOD, "n": 2})
+        stream = client.post(URL, json={**GOOD, "n": 2, "stream": True})
         good = client.post(URL, json=GOOD)
-        (request, _) = service.engine.submitted
+        (request, *_) = service.engine.submitted
 
     assert bad.status_code == 500
-    assert check_shape(bad)["code"] == "non_finite_logits"
+    assert check_shape(bad)["code"] == code
+    assert check_shape(bad)["message"] == "So it is."
     assert request.is_closed
+    last = json.loads(stream.text.rstrip().rpartition("data: ")[2])
+    assert last["error"]["code"] == code  # and no [DONE] behind it
     assert good.status_code == 200
 
 

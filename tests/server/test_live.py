@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import ssl
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -227,20 +228,24 @@ def test_readiness_tells_of_a_dead_engine_and_of_its_return(server: LiveServer) 
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_what_it_had(server: LiveServer, stream: bool) -> None:
-    other = server.open_stream(max_tokens=900, seed=1)
+def test_a_client_that_leaves_frees_what_it_had_at_once(server: LiveServer, stream: bool) -> None:
+    aborted = server.metric("kvik_requests_finished_total", "abort")
+    other = server.open_stream(max_tokens=1000, seed=1)
     events = other.events()
     next(events)
-    connection = connect(server.url)
-    connection.sendall(raw_request(request(max_tokens=900, stream=stream, n=4)))
-    until(lambda: server.metric("kvik_num_requests_running") == 5)
-    aborted = server.metric("kvik_requests_finished_total", "abort")
+    seconds = []
+    for _ in range(5):
+        connection = connect(server.url)
+        connection.sendall(raw_request(request(max_tokens=1000, stream=stream, n=4)))
+        until(lambda: server.metric("kvik_num_requests_running") >= 4)
 
-    connection.close()
-    seconds = until(lambda: server.metric("kvik_num_requests_running") == 1)
+        connection.close()
+        seconds.append(until(lambda: server.metric("kvik_num_requests_running") <= 1))
 
-    assert seconds < 1  # 200 ms, were the machine ours alone
-    until(lambda: server.metric("kvik_requests_finished_total", "abort") == aborted + 1)
+    # A step takes milliseconds here. One of five may meet a machine that is busy with something
+    # else, and a server that looks for its clients now and then would fail most of them.
+    assert statistics.median(seconds) < 0.2, seconds
+    until(lambda: server.metric("kvik_requests_finished_total", "abort") == aborted + 5)
     for _ in events:
         pass
     other.close()

@@ -76,6 +76,75 @@ def test_openapi_describes_ranges_defaults_and_null(serve: Serve) -> None:
         assert name in document["components"]["schemas"]
 
 
+def test_openapi_names_the_model_and_its_ids(serve: Serve) -> None:
+    with serve(max_num_sequences=20, max_waiting_requests=10) as (client, _):
+        document = client.get("/openapi.json").json()
+
+    schemas = document["components"]["schemas"]
+    fields = schemas["CompletionRequest"]["properties"]
+    assert fields["model"]["enum"] == ["tiny"]
+    assert fields["max_tokens"]["anyOf"][0]["maximum"] == 63
+    assert schemas["DetokenizeRequest"]["properties"]["tokens"]["items"]["maximum"] == 267
+    texts, ids = fields["prompt"]["anyOf"][1:3]
+    assert texts["maxItems"] == 30
+    assert ids["items"]["maximum"] == 267
+    assert "maxItems" not in ids
+
+
+def test_openapi_declares_what_is_answered_and_nothing_else(serve: Serve) -> None:
+    with serve() as (client, _):
+        document = client.get("/openapi.json").json()
+
+    replies = {
+        path: operation["responses"]
+        for path, operations in document["paths"].items()
+        for operation in operations.values()
+    }
+    assert not any("422" in statuses for statuses in replies.values())
+    assert set(replies["/v1/completions"]["200"]["content"]) == {
+        "application/json", "text/event-stream",
+    }  # fmt: skip
+    assert set(replies["/metrics"]["200"]["content"]) == {"text/plain"}
+    assert "Retry-After" in replies["/v1/completions"]["429"]["headers"]
+    assert "404" not in replies["/version"]
+
+
+def test_openapi_asks_for_a_key_where_the_server_does(serve: Serve) -> None:
+    with serve() as (client, _):
+        open_ = client.get("/openapi.json").json()
+    with serve(api_keys=("sesame",)) as (client, _):
+        closed = client.get("/openapi.json", headers={"Authorization": "Bearer sesame"}).json()
+
+    assert "securitySchemes" not in open_["components"]
+    assert closed["paths"]["/version"]["get"]["security"] == [{"bearer": []}, {"basic": []}]
+    assert closed["paths"]["/health"]["get"]["security"] == []
+
+
+@pytest.mark.parametrize(
+    "path", ["/health/live", "/health/ready", "/metrics", "/version", "/v1/models", "/docs"]
+)
+def test_head_is_get_without_the_body(serve: Serve, path: str) -> None:
+    with serve() as (client, service):
+        whole = client.get(path)
+        head = client.head(path)
+        counts = service.metrics.exposition().decode()
+
+    assert head.status_code == whole.status_code
+    assert head.content == b""
+    assert set(head.headers) == set(whole.headers)
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    assert f'kvik_http_requests_total{{method="HEAD",route="{path}",status="200"}} 1.0' in counts
+
+
+def test_head_is_refused_where_get_is(serve: Serve) -> None:
+    with serve() as (client, _):
+        head = client.head("/v1/completions")
+        put = client.put("/version")
+
+    assert (head.status_code, head.headers["allow"], head.content) == (405, "POST", b"")
+    assert (put.status_code, put.headers["allow"]) == (405, "GET, HEAD")
+
+
 def test_the_docs_page_loads_nothing_from_elsewhere(serve: Serve) -> None:
     with serve() as (client, _):
         page = client.get("/docs")

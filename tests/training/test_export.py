@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvik import app
+from kvik.command_line import app
 from model.attention import CausalAttention
 from tests.training.tiny import make_data, text, train
 from weights import checkpoint

@@ -1,10 +1,13 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from model.gpt import GPT
-from training.config import TrainingConfig
+from tests.training.tiny import begin
+from training.config import Optimizer, TrainingConfig
 from training.optimizer import learning_rate_at, make_optimizer
 
 CONFIG = TrainingConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=10, max_steps=110)
@@ -33,8 +36,11 @@ def test_run_of_warmup_alone_has_a_learning_rate() -> None:
     assert [learning_rate_at(step, config) for step in (4, 5)] == pytest.approx([1e-3, 1e-3])
 
 
-def test_matrices_decay_and_vectors_do_not() -> None:
-    config = TrainingConfig(n_layer=1, n_head=2, n_embd=8, n_ctx=8, weight_decay=0.5)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_matrices_decay_and_vectors_do_not(optimizer: Optimizer) -> None:
+    config = TrainingConfig(
+        n_layer=1, n_head=2, n_embd=8, n_ctx=8, weight_decay=0.5, optimizer=optimizer
+    )
     model = GPT(config.model_config(vocab_size=11))
     for parameter in model.parameters():
         parameter.data.fill_(1.0)
@@ -69,3 +75,87 @@ def test_steps_are_adamws_of_the_textbook() -> None:
 
     # float32 against float64: a few units in the last place of numbers around 0.02.
     torch.testing.assert_close(weight.detach().double(), x, rtol=1e-5, atol=1e-7)
+
+
+MATRICES_OF_A_BLOCK = {
+    "h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight", "h.0.mlp.c_fc.weight",
+    "h.0.mlp.c_proj.weight",
+}  # fmt: skip
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
+    config = TrainingConfig(n_layer=1, n_head=2, n_embd=8, n_ctx=8, optimizer="muon")
+    model = GPT(config.model_config(vocab_size=11))
+    optimizer = make_optimizer(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+    optimizer.step()
+
+    kept = {name: set(optimizer.state[p]) for name, p in model.named_parameters()}
+    adamws = {"step", "exp_avg", "exp_avg_sq"}
+    assert {name for name, keys in kept.items() if keys == {"momentum_buffer"}} == (
+        MATRICES_OF_A_BLOCK
+    )
+    assert {name for name, keys in kept.items() if keys == adamws} == set(kept) - (
+        MATRICES_OF_A_BLOCK
+    )
+    assert {"wte.weight", "wpe.weight", "h.0.mlp.c_fc.bias", "ln_f.weight"} <= set(kept)
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Five quintic Newton-Schulz iterations in float64, as Jordan (2024) gives them."""
+    x: Tensor = matrix / matrix.norm()
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
+    return x
+
+
+@pytest.mark.parametrize("name", sorted(MATRICES_OF_A_BLOCK))
+def test_steps_are_muons_of_the_textbook(name: str) -> None:
+    torch.manual_seed(0)
+    config = TrainingConfig(
+        n_layer=1, n_head=2, n_embd=16, n_ctx=8, optimizer="muon", weight_decay=0.5
+    )
+    model = GPT(config.model_config(vocab_size=11))
+    optimizer = make_optimizer(model, config)
+    weight = model.get_parameter(name)
+    x, momentum = weight.detach().double(), torch.zeros_like(weight).double()
+    moved = torch.zeros_like(x)
+
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        assert weight.grad is not None
+        g = weight.grad.double()
+        momentum = 0.95 * momentum + 0.05 * g
+        direction = orthogonalised(0.95 * momentum + 0.05 * g)
+        scale = 0.2 * math.sqrt(max(weight.shape))  # AdamW's usual size
+        x = x * (1 - 1e-3 * 0.5) - 1e-3 * scale * direction
+        moved -= 1e-3 * scale * direction
+        optimizer.step()
+
+    # torch iterates in bfloat16, eight bits: a few hundredths of the way gone, in all directions.
+    distance = (weight.detach().double() - x).norm() / moved.norm()
+    assert distance < 0.03
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_schedule_reaches_every_parameter(data: Path, tmp_path: Path, optimizer: str) -> None:
+    """A first step with a tenth of the learning rate goes a tenth of the way."""
+    steps = []
+    for warmup_steps in (1, 10):
+        trainer = begin(
+            tmp_path / str(warmup_steps), data, optimizer=optimizer, max_steps=1,
+            warmup_steps=warmup_steps, learning_rate=1e-2, min_learning_rate=0.0, weight_decay=0.0,
+        )  # fmt: skip
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.train()
+        steps.append({name: p - before[name] for name, p in trainer.model.named_parameters()})
+
+    whole, tenth = steps
+    for name, step in whole.items():
+        # Adding 1e-3 to a weight of 1 in float32 rounds by 6e-8.
+        torch.testing.assert_close(tenth[name], step / 10, rtol=1e-3, atol=2e-7, msg=name)
+        assert step.abs().max() > 1e-3, name

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from kvik import app
+from kvik.command_line import app
 from model.tokenizer import BytePairTokenizer, load_tokenizer
 from tests.training.tiny import text
 from training.data import Dataset, TokenSplit, load_dataset

@@ -191,6 +191,27 @@ def test_run_stopped_after_any_step_resumes_bit_for_bit(
         assert (run / "latest" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_run_with_muon_stopped_and_resumed_is_the_undisturbed_one(
+    data: Path, tmp_path: Path
+) -> None:
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    settings: dict[str, Value] = {**SHAPE, **SETTINGS, "optimizer": "muon"}
+    train(undisturbed, data, settings)
+    for step in (3, 5):  # momentum is lost, if it is, at the second stop as well as at the first
+        stop = StopRequest()
+        display = StoppingDisplay(stop, step)
+        if run.exists():
+            resume_run(run, {}, data=None, display=display, stop=stop).train()
+        else:
+            start_run(run, settings, data=data, init=None, display=display, stop=stop).train()
+
+    resume(run).train()
+
+    assert metrics(run) == metrics(undisturbed)
+    for path in (undisturbed / "latest").iterdir():
+        assert (run / "latest" / path.name).read_bytes() == path.read_bytes()
+
+
 class CrashingDisplay(LogDisplay):
     """Ends the run without a save once a certain step is done."""
 
@@ -259,6 +280,17 @@ def test_finished_run_goes_on_to_a_larger_max_steps(
 def test_resuming_refuses_another_learning_rate(undisturbed: Path) -> None:
     with pytest.raises(ConfigError, match=r"learning_rate is 0\.001 in this run .* max_steps"):
         resume(undisturbed, learning_rate=0.1)
+
+
+@pytest.mark.parametrize(("begun", "wanted"), [("adamw", "muon"), ("muon", "adamw")])
+def test_resuming_refuses_another_optimizer(
+    data: Path, tmp_path: Path, begun: str, wanted: str
+) -> None:
+    run = tmp_path / "run"
+    train(run, data, max_steps=1, optimizer=begun)
+
+    with pytest.raises(ConfigError, match=rf"optimizer is {begun} in this run"):
+        resume(run, optimizer=wanted)
 
 
 def test_resuming_refuses_other_data(undisturbed: Path, data: Path, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_wrong_toml_is_refused_with_its_remedy(tmp_path: Path, toml: str, messag
         ("min_learning_rate", 1.0, "min_learning_rate must lie between 0 and learning_rate 0.001"),
         ("weight_decay", -0.1, "weight_decay must be 0 or more, got -0.1"),
         ("seed", 2**63, "seed must be less than"),
+        ("optimizer", "sgd", "optimizer must be one of adamw, muon, got 'sgd'"),
         ("precision", "float16", "precision must be one of auto, float32, bfloat16"),
         ("activation", "swish", "activation must be one of gelu_new, gelu, relu"),
     ],

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from kvik import app
+from kvik.command_line import app
 from model.config import GPTConfig
 from tests.weights.nanogpt_model import NanoGPT, nanogpt_checkpoint, write_meta
 from weights.convert.conversion import convert

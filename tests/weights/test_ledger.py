@@ -6,7 +6,7 @@ import torch
 from model.attention import CausalAttention
 from model.config import GPTConfig
 from tests.tiny_models import random_tokens, tiny_config, tiny_gpt
-from weights.ledger import MemoryLedger, available_memory_bytes
+from weights.ledger import MemoryLedger, available_memory_bytes, format_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,3 +97,12 @@ def test_a_container_beyond_its_limit_has_nothing(proc: Path, tmp_path: Path) ->
 
 def test_without_either_file_something_is_available(tmp_path: Path) -> None:
     assert available_memory_bytes(tmp_path, tmp_path) > 0
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (23_456_789, "23.46 MB"),
+     (5e9, "5.00 GB"), (4e13, "40000.00 GB")],
+)  # fmt: skip
+def test_bytes_are_told_in_the_largest_unit_that_fits(num_bytes: float, text: str) -> None:
+    assert format_bytes(num_bytes) == text

@@ -1,0 +1,1 @@
+"""The command line: every command builds configs and calls a room."""

@@ -1,0 +1,51 @@
+"""The tree of commands; each is defined with its family and imports its room when it runs."""
+
+import importlib.metadata
+from typing import Annotated
+
+import typer
+
+from kvik.bench import bench_decode, bench_serve
+from kvik.checkpoints import convert, inspect, score
+from kvik.generate import generate
+from kvik.serve import serve
+from kvik.train import prepare, train
+
+app = typer.Typer(
+    name="kvik",
+    help="Train a GPT and serve it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvik {importlib.metadata.version('kvik')}")
+        raise typer.Exit
+
+
+@app.callback()
+def kvik(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Train a GPT and serve it."""
+
+
+app.command()(inspect)
+app.command()(generate)
+app.command()(score)
+app.command()(convert)
+app.command()(prepare)
+# --key value sets any training key, and those are not options that typer knows.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+app.command()(serve)
+
+bench = typer.Typer(help="Measure a server, or the engine alone.", no_args_is_help=True)
+bench.command("serve")(bench_serve)
+bench.command("decode")(bench_decode)
+app.add_typer(bench, name="bench")

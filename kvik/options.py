@@ -1,0 +1,21 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+STORYTELLER = Path(__file__).resolve().parent.parent / "weights" / "storyteller"
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        envvar="KVIK_MODEL",
+        help="A checkpoint directory, or a name such as openai-community/gpt2.",
+        show_default="the storyteller",
+    ),
+]
+DeviceOption = Annotated[str, typer.Option(envvar="KVIK_DEVICE", help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[str, typer.Option(envvar="KVIK_DTYPE", help="auto, float32 or bfloat16.")]
