@@ -7,6 +7,8 @@ product is stored, not in the next LayerNorm: it is read and written once either
 stays a function of its input.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -69,6 +71,11 @@ class TritonBlock(nn.Module):
         self._c_proj = TritonLinear(attention.c_proj.weight, attention.c_proj.bias)
         self._c_fc = TritonLinear(mlp.c_fc.weight, mlp.c_fc.bias, activation=activation)
         self._mlp_c_proj = TritonLinear(mlp.c_proj.weight, mlp.c_proj.bias)
+
+    @property
+    def products(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """Its products, each as a map from rows (N, C): what must not depend on the row count."""
+        return self._c_attn, self._c_proj, lambda x: self._mlp_c_proj(self._c_fc(x))
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """Map x (N, C) to (N, C)."""

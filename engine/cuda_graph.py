@@ -25,6 +25,7 @@ from model.gpt import GPT
 
 AttentionFactory = Callable[[GPTConfig, KVCache, ModelInput], Attend]
 Head = Callable[[Tensor], Tensor]
+DecodeStepFactory = Callable[..., "DecodeStep"]  # the class, or one that only pretends
 
 _COLDEST = 1e-30  # as in engine.sampler
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
@@ -159,6 +160,23 @@ class DecodeStep:
         slots = self._slots[: len(token_ids)]
         self._advance(slots, token_ids, self._integers[slots, 1])
 
+    def read(self, token_ids: Tensor) -> Callable[[], list[int]]:
+        """Begin to copy token ids to the host; the call waits for the copy, not for later steps."""
+        if token_ids.device.type != "cuda":
+            return token_ids.tolist
+        # A new place each time, from torch's pool of pinned memory: the last may still be unread.
+        on_host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+        on_host.copy_(token_ids, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+
+        def wait() -> list[int]:
+            event.synchronize()
+            values: list[int] = on_host.tolist()
+            return values
+
+        return wait
+
     def _advance(self, slots: Tensor, token_ids: Tensor, positions: Tensor) -> None:
         self._integers[:, 0].index_copy_(0, slots, token_ids)
         # A sequence may have ended without the device knowing: it must stay inside the context.
@@ -201,12 +219,15 @@ class DecodeLoop:
         if gone:
             self._owners = [_NOBODY if owner in gone else owner for owner in self._owners]
 
-    def run(self, sequences: Sequence[RunningSequence], slots: list[int]) -> Tensor:
-        """Compute a step of sequences that decode: token ids (R,) or logits (R, V).
+    def run(
+        self, sequences: Sequence[RunningSequence], slots: list[int], *, is_ahead: bool = False
+    ) -> Tensor:
+        """Start a step of sequences that decode: token ids (R,), or logits (R, V) for the host.
 
-        Where the host has to choose (`needs_host`) these are logits, and `feed` must follow.
+        After logits (`needs_host`), `feed` must follow. `is_ahead` if the host does not know yet
+        what the step before drew.
         """
-        self._prepare(sequences, slots)
+        self._prepare(sequences, slots, int(is_ahead))
         bucket = next(size for size in self.buckets if size >= len(slots))
         return self._callable(bucket, self._sampling)()[: len(slots)]
 
@@ -226,17 +247,24 @@ class DecodeLoop:
                 self._callable(bucket, sampling)
         return len(self._steps)
 
-    def _prepare(self, sequences: Sequence[RunningSequence], slots: list[int]) -> None:
+    def read(self, token_ids: Tensor) -> Callable[[], list[int]]:
+        """Begin to copy a step's result to the host; the call waits for it, and for no more."""
+        return self._step.read(token_ids)
+
+    def _prepare(
+        self, sequences: Sequence[RunningSequence], slots: list[int], num_ahead: int
+    ) -> None:
         """Send what changed. In the middle of decoding that is a block now and then."""
         change = _Change([], [], [], [])
         for sequence, slot in zip(sequences, slots, strict=True):
-            position = sequence.num_computed_tokens
+            position = sequence.num_computed_tokens + num_ahead
             if self._owners[slot] != sequence.seq_id:
                 self._owners[slot] = sequence.seq_id
                 self._num_blocks[slot] = 0
                 self._positions[slot] = -1
                 self._describe(change, sequence, slot)
             if self._positions[slot] != position:
+                assert not num_ahead, "only the device knows the token"
                 change.progress.append((slot, sequence.token_ids[position], position))
             self._positions[slot] = position + 1
             num_blocks = self._builder.num_blocks(slot)

@@ -3,7 +3,9 @@
 import importlib.util
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,13 @@ from torch import Tensor, nn
 from engine.attention import PagedAttention
 from engine.attention_cpu import CPUPagedAttention
 from engine.batch import BatchBuilder
-from engine.cuda_graph import NOT_FINITE, AttentionFactory, DecodeLoop, DecodeStep
+from engine.cuda_graph import (
+    NOT_FINITE,
+    AttentionFactory,
+    DecodeLoop,
+    DecodeStep,
+    DecodeStepFactory,
+)
 from engine.kv_cache import KVCache
 from engine.linear import Head, pack
 from engine.messages import TopLogprobs
@@ -34,7 +42,16 @@ class StepResult:
     failed_rows: list[int] = field(default_factory=list)  # logits not finite
     logprobs: dict[int, TopLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TopLogprobs]] = field(default_factory=dict)
-    kernel_seconds: float = 0.0  # in model, head and sampler
+    kernel_seconds: float = 0.0  # in model, head and sampler, or waiting for them
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step that was started, and may be running still."""
+
+    batch: ScheduledBatch
+    collect: Callable[[], StepResult]  # waits for it
+    feeds_itself: bool  # the next may be started before this one is collected
 
 
 class ModelRunner:
@@ -55,12 +72,12 @@ class ModelRunner:
         max_num_sequences: int,
         attention: AttentionFactory | None = None,
         use_triton: bool | None = None,
-        keep_state_on_device: bool | None = None,
+        decode_step: DecodeStepFactory | None = None,
     ) -> None:
         """Take over a model, whose layers are replaced in place where that pays.
 
-        `use_triton`, for the kernels of a GPU, and `keep_state_on_device`, for decoding from
-        there (`cuda_graph.py`), are what CUDA is for; None leaves them to the device.
+        `use_triton`, for the kernels of a GPU, and `decode_step`, for decoding from what lies on
+        the device, are what CUDA is for; None leaves them to the device.
         """
         on_cuda = model.wte.weight.device.type == "cuda"
         if use_triton is None:
@@ -83,8 +100,10 @@ class ModelRunner:
             attention = CPUPagedAttention if on_cpu else PagedAttention
         self._attention = attention
         self._decode_loop: DecodeLoop | None = None
-        if on_cuda if keep_state_on_device is None else keep_state_on_device:
-            step = DecodeStep(
+        if on_cuda and decode_step is None:
+            decode_step = DecodeStep
+        if decode_step is not None:
+            step = decode_step(
                 model,
                 self._head,
                 cache,
@@ -96,16 +115,18 @@ class ModelRunner:
         self._sampling_rows: dict[int, SamplingRow] = {}  # by sequence
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> StepResult:
-        """Compute one step; raises what torch raises, after which the step may be taken back."""
+    def launch(self, batch: ScheduledBatch) -> "Launched":
+        """Start a step. Raises what torch raises, after which the step may be taken back."""
+        start = time.perf_counter()
         for seq_id in batch.released_seq_ids:
             self._sampling_rows.pop(seq_id, None)
         if batch.blocks_to_clear:
             self._cache.clear(batch.blocks_to_clear)
-        if self._decode_loop is not None:
-            self._decode_loop.forget(batch.released_seq_ids)
+        loop = self._decode_loop
+        if loop is not None:
+            loop.forget(batch.released_seq_ids)
             if batch.is_decode:
-                return self._decode(batch, self._decode_loop)
+                return self._launch_decode(batch, loop, start)
         model_input = self._builder.build(batch)
         attend = self._attention(self._model.config, self._cache, model_input)
         start = time.perf_counter()
@@ -117,7 +138,35 @@ class ModelRunner:
             result = self._draw(batch, self._head(hidden[last]))
         self._score_prompts(batch, hidden, result)
         result.kernel_seconds = time.perf_counter() - start
-        return result
+        return Launched(batch, lambda: result, feeds_itself=False)
+
+    def _launch_decode(self, batch: ScheduledBatch, loop: DecodeLoop, start: float) -> "Launched":
+        """Start a step in which every row is the next one of its completion."""
+        slots = self._builder.place(batch)
+        try:
+            found = loop.run(batch.sequences, slots, is_ahead=batch.is_ahead)
+            if loop.needs_host:
+                result = self._draw(batch, found)
+                loop.feed(torch.tensor(result.draws, device=found.device))
+                result.kernel_seconds = time.perf_counter() - start
+                return Launched(batch, lambda: result, feeds_itself=False)
+            read = loop.read(found)
+        except BaseException:
+            loop.forget()  # who knows how far it came
+            raise
+
+        def collect() -> StepResult:
+            waiting_since = time.perf_counter()
+            try:
+                draws = read()
+            except BaseException:
+                loop.forget()
+                raise
+            failed = [row for row, token_id in enumerate(draws) if token_id == NOT_FINITE]
+            seconds = time.perf_counter() - waiting_since
+            return StepResult(draws=draws, failed_rows=failed, kernel_seconds=seconds)
+
+        return Launched(batch, collect, feeds_itself=True)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -132,32 +181,16 @@ class ModelRunner:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(_PROBED_COUNTS[-1], weight.shape[1], generator=generator)
         x = x.to(weight.device, weight.dtype)
-        block = self._model.h[0]
-        assert isinstance(block, Block)
-        products = (block.attn.c_attn, block.attn.c_proj, block.mlp, self._head)
+        block: Any = self._model.h[0]
+        if isinstance(block, Block):
+            products = (block.attn.c_attn, block.attn.c_proj, block.mlp, self._head)
+        else:  # a fused one
+            products = (*block.products, self._head)
         return all(
             torch.equal(product(x)[:count], product(x[:count]))
             for product in products
             for count in _PROBED_COUNTS
         )
-
-    def _decode(self, batch: ScheduledBatch, loop: DecodeLoop) -> StepResult:
-        """Compute a step in which every row is the next one of its completion."""
-        start = time.perf_counter()
-        try:
-            found = loop.run(batch.sequences, self._builder.place(batch))
-            if loop.needs_host:
-                result = self._draw(batch, found)
-                loop.feed(torch.tensor(result.draws, device=found.device))
-            else:
-                draws = found.tolist()
-                failed = [row for row, token_id in enumerate(draws) if token_id == NOT_FINITE]
-                result = StepResult(draws=draws, failed_rows=failed)
-        except BaseException:
-            loop.forget()  # who knows how far it came
-            raise
-        result.kernel_seconds = time.perf_counter() - start
-        return result
 
     def _draw(self, batch: ScheduledBatch, logits: Tensor) -> StepResult:
         """Choose a token for each of the rows that have caught up, from their logits (R, V)."""

@@ -27,7 +27,7 @@ def make_engine(
     eos_token_ids: tuple[int, ...] = (),
     attention: Any = None,
     use_triton: bool | None = None,
-    keep_state_on_device: bool | None = None,
+    decode_step: Any = None,
     **config: Any,
 ) -> Engine:
     """An engine over a copy of `model`: packing changes the one it is given."""
@@ -46,7 +46,7 @@ def make_engine(
         eos_token_ids=eos_token_ids,
         attention=attention,
         use_triton=use_triton,
-        keep_state_on_device=keep_state_on_device,
+        decode_step=decode_step,
     )
 
 

@@ -1,6 +1,8 @@
 """The decode step over fixed buffers: here as plain calls, on CUDA as graphs of the same calls."""
 
 import copy
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from engine.attention import PagedAttention
 from engine.cuda_graph import NOT_FINITE, DecodeStep, Sampling, sampling_of
 from engine.engine import Engine
 from engine.kv_cache import KVCache
+from engine.messages import Abort, Choice, Submit
 from engine.sampling_params import SamplingParams
 from model.gpt import GPT
 from tests.engine.engines import CONFIG, Request, make_engine, random_prompt, run
@@ -17,6 +20,12 @@ from tests.tiny_models import tiny_gpt
 
 HAS_CUDA = torch.cuda.is_available()
 VOCAB_SIZE = 95
+# A step ahead, too: only where blocks of completions are not shared.
+ON_DEVICE: dict[str, Any] = {
+    "attention": PagedAttention,
+    "decode_step": DecodeStep,
+    "share_completion_blocks": False,
+}
 
 
 def params(**changes: Any) -> SamplingParams:
@@ -56,21 +65,119 @@ def drawn(engine: Engine, workload: list[Request]) -> list[Any]:
 def test_decoding_from_the_device_draws_what_decoding_from_the_host_draws(
     workload: list[Request],
 ) -> None:
-    usual = make_engine(attention=PagedAttention, keep_state_on_device=False)
-    ours = make_engine(attention=PagedAttention, keep_state_on_device=True)
+    usual = make_engine(attention=PagedAttention)
+    ours = make_engine(**ON_DEVICE)
 
     assert drawn(ours, workload) == drawn(usual, workload)
 
 
 def test_preemption_changes_nothing() -> None:
     workload = [Request(random_prompt(9, seed=s), params(max_tokens=40, seed=s)) for s in range(6)]
-    roomy = make_engine(attention=PagedAttention, keep_state_on_device=False)
-    tight = make_engine(attention=PagedAttention, keep_state_on_device=True, num_blocks=30)
+    roomy = make_engine(attention=PagedAttention)
+    tight = make_engine(
+        attention=PagedAttention,
+        decode_step=DecodeStep,
+        share_completion_blocks=False,
+        num_blocks=30,
+    )
 
     results = run(tight, workload)
 
     assert sum(result.num_preemptions for (result,) in results) > 0
     assert [[r.drawn for r in choices] for choices in results] == drawn(roomy, workload)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_happens_changes_nothing(seed: int) -> None:
+    """Ends and arrivals that the step ahead did not know of, little room, few places."""
+    chance = random.Random(seed)
+    workload = [
+        Request(
+            random_prompt(chance.randint(1, 12), seed=100 * seed + index),
+            params(
+                max_tokens=chance.randint(1, 30),
+                temperature=chance.choice([0.0, 1.0]),
+                top_k=chance.choice([0, 0, 10]),
+                logprobs=chance.choice([None, None, None, 1]),
+                seed=index,
+                ignore_eos=False,
+            ),
+            arrives=chance.randint(0, 25),
+            num_choices=chance.choice([1, 1, 2]),
+        )
+        for index in range(8)
+    ]
+    settings: dict[str, Any] = {
+        "attention": PagedAttention,
+        "eos_token_ids": tuple(range(0, 95, 9)),
+        "share_completion_blocks": False,
+    }
+    usual = make_engine(**settings)
+    ours = make_engine(
+        decode_step=DecodeStep, num_blocks=22, max_num_sequences=chance.choice([3, 8]), **settings
+    )
+
+    assert drawn(ours, workload) == drawn(usual, workload)
+
+
+class Recording(DecodeStep):
+    """Notes when steps are started and when they are read."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.events: list[str] = []
+        self._num_reads = self._num_runs = 0
+
+    def run(self, num_rows: int, sampling: Sampling) -> torch.Tensor:
+        self.events.append(f"start {self._num_runs}")
+        self._num_runs += 1
+        return super().run(num_rows, sampling)
+
+    def read(self, token_ids: torch.Tensor) -> Callable[[], list[int]]:
+        number = self._num_reads
+        self._num_reads += 1
+
+        def wait() -> list[int]:
+            self.events.append(f"read {number}")
+            values: list[int] = token_ids.tolist()
+            return values
+
+        return wait
+
+
+def test_the_next_step_starts_before_the_last_one_is_read() -> None:
+    steps: list[Recording] = []
+
+    def make(*arguments: Any, **keywords: Any) -> Recording:
+        steps.append(Recording(*arguments, **keywords))
+        return steps[-1]
+
+    engine = make_engine(attention=PagedAttention, decode_step=make, share_completion_blocks=False)
+    run(engine, [Request([1, 2, 3], params(max_tokens=5))])
+
+    (step,) = steps
+    assert step.events == [
+        "start 0", "start 1", "read 0", "start 2", "read 1", "start 3", "read 2", "read 3",
+    ]  # fmt: skip
+
+
+def test_an_engine_is_not_idle_while_a_step_is_under_way() -> None:
+    engine = make_engine(**ON_DEVICE)
+    choice = Choice(seq_id=0, index=0)
+    engine.add(Submit(request_id="a", prompt_ids=[1], choices=[choice], params=params()))
+    for _ in range(3):
+        engine.step()
+
+    engine.abort(Abort(request_id="a"))
+    was_idle = engine.is_idle
+    output = engine.step()
+
+    assert not was_idle
+    assert output is not None
+    assert output.outputs == []
+    assert output.stats.num_used_blocks == 0
+    assert engine.is_idle
+    assert engine.step() is None
 
 
 def test_slots_of_finished_sequences_serve_others() -> None:
@@ -79,8 +186,8 @@ def test_slots_of_finished_sequences_serve_others() -> None:
         for s in range(12)
     ]
     settings: dict[str, Any] = {"attention": PagedAttention, "max_num_sequences": 3}
-    usual = make_engine(keep_state_on_device=False, **settings)
-    ours = make_engine(keep_state_on_device=True, **settings)
+    usual = make_engine(**settings)
+    ours = make_engine(decode_step=DecodeStep, share_completion_blocks=False, **settings)
 
     assert drawn(ours, workload) == drawn(usual, workload)
 
@@ -93,7 +200,7 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
         Request(random_prompt(8, seed=1), GREEDY),
         Request(random_prompt(2, seed=2), params(max_tokens=7)),
     ]
-    engine = make_engine(model, attention=PagedAttention, keep_state_on_device=True)
+    engine = make_engine(model, **ON_DEVICE)
 
     broken, healthy = run(engine, workload)
 
@@ -122,7 +229,7 @@ class FailsOnce:
 def test_a_failed_step_can_be_repeated() -> None:
     workload = requests(PLAIN)
     expected = drawn(make_engine(attention=PagedAttention), workload)
-    engine = make_engine(attention=FailsOnce(at=10), keep_state_on_device=True)
+    engine = make_engine(**{**ON_DEVICE, "attention": FailsOnce(at=10)})
     step, failures = engine.step, []
 
     def step_again(*arguments: Any) -> Any:
@@ -168,7 +275,7 @@ def test_the_step_reads_nothing_back_to_the_host(sampling: Sampling) -> None:
 @torch.inference_mode()
 def test_the_step_runs_on_without_the_host(sampling: Sampling) -> None:
     """What it leaves in its buffers is all that the next one needs."""
-    engine = make_engine(keep_state_on_device=False, attention=PagedAttention)
+    engine = make_engine(attention=PagedAttention)
     kind = {Sampling.GREEDY: GREEDY, Sampling.PLAIN: PLAIN, Sampling.FILTERED: FILTERED}[sampling]
     prompt = [3]
     expected = drawn(engine, [Request(prompt, kind)])[0][0][0]
@@ -238,8 +345,8 @@ def test_a_step_does_no_more_than_its_sequences_need() -> None:
 def test_graphs_draw_what_plain_calls_draw() -> None:
     model = copy.deepcopy(tiny_gpt(CONFIG)).cuda()
     workload = requests(BY_HOST, FILTERED, PLAIN, GREEDY)
-    usual = make_engine(model, keep_state_on_device=False)
-    ours = make_engine(model, keep_state_on_device=True)
+    usual = make_engine(model)
+    ours = make_engine(model, decode_step=DecodeStep, share_completion_blocks=False)
     ours.warm_up()
 
     assert drawn(ours, workload) == drawn(usual, workload)
@@ -254,7 +361,9 @@ def test_the_triton_engine_draws_what_the_plain_one_draws() -> None:
         Request(random_prompt(6, seed=2), params(max_tokens=6, seed=9), arrives=1),
     ]
     usual = make_engine(model, attention=PagedAttention, use_triton=False)
-    ours = make_engine(model, use_triton=True, keep_state_on_device=True)
+    ours = make_engine(
+        model, use_triton=True, decode_step=DecodeStep, share_completion_blocks=False
+    )
 
     found = [[choice.token_ids for choice in result] for result in run(ours, workload)]
 
