@@ -5,15 +5,18 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from engine.attention import PagedAttention
-from engine.cuda_graph import NOT_FINITE, DecodeStep, Sampling, sampling_of
+from engine.batch import BatchBuilder
+from engine.cuda_graph import NOT_FINITE, DecodeLoop, DecodeStep, Sampling, sampling_of
 from engine.engine import Engine
 from engine.kv_cache import KVCache
 from engine.messages import Abort, Choice, Submit
 from engine.sampling_params import SamplingParams
+from engine.sequence import Sequence
 from model.gpt import GPT
 from tests.engine.engines import CONFIG, Request, make_engine, random_prompt, run
 from tests.tiny_models import tiny_gpt
@@ -317,6 +320,37 @@ def test_a_row_at_the_end_of_the_context_stays_there() -> None:
 
     assert integers[0, 1] == CONFIG.n_ctx - 1
     assert token != NOT_FINITE
+
+
+class Tables(BatchBuilder):
+    """Block tables that a test writes."""
+
+    def __init__(self, blocks: list[int]) -> None:
+        self.blocks = blocks
+
+    def table(self, row: int) -> np.ndarray:
+        return np.array(self.blocks, np.int32)
+
+    def num_blocks(self, row: int) -> int:
+        return len(self.blocks)
+
+
+@torch.inference_mode()
+def test_a_sequence_that_comes_back_brings_its_new_blocks() -> None:
+    step = make_step(tiny_gpt(CONFIG), device="cpu")
+    builder = Tables([1, 2])
+    loop = DecodeLoop(step, builder, max_num_sequences=4)
+    sequence = Sequence(
+        seq_id=7, request_id="a", prompt_ids=[1] * 6, params=GREEDY, n_ctx=CONFIG.n_ctx
+    )
+    sequence.num_computed_tokens = 5
+    loop.run([sequence], [0])
+    builder.blocks = [8, 9]
+
+    loop.forget([7])
+    loop.run([sequence], [0])
+
+    assert step.static_buffers[2][0, :2].tolist() == [8, 9]
 
 
 def test_a_step_does_no_more_than_its_sequences_need() -> None:
