@@ -37,6 +37,9 @@ class TritonPagedAttention:
     def __init__(self, config: GPTConfig, cache: KVCache, batch: ModelInput) -> None:
         """Prepare a step; nothing is read back to the host."""
         device = batch.positions.device
+        assert batch.positions.is_contiguous(), "kernels know no stride"
+        assert batch.row_sequences.is_contiguous(), "kernels know no stride"
+        assert batch.block_tables.is_contiguous(), "kernels know no stride"
         self._scales = [config.attention_scale(layer) for layer in range(config.n_layer)]
         self._cache = cache
         self._batch = batch

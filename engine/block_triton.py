@@ -31,6 +31,7 @@ class TritonLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (N, C) to (N, C)."""
+        assert x.is_contiguous(), "rows follow each other"
         out = torch.empty_like(x)
         width = x.shape[1]
         _layer_norm_kernel[(len(x),)](

@@ -59,6 +59,8 @@ class DecodeStep:
     that pad a batch are the last one, whose table is all null block.
     """
 
+    can_capture = True  # where there is CUDA
+
     def __init__(
         self,
         model: GPT,
@@ -75,16 +77,17 @@ class DecodeStep:
         device = cache.k.device
         num_slots = max_num_sequences + 1
         max_blocks = -(-model.config.n_ctx // cache.block_size)
-        # Columns: token, position, seed, choice, top_k; and temperature, top_p, min_p.
-        self._integers = torch.zeros(num_slots, 5, dtype=torch.int64, device=device)
-        self._shares = torch.zeros(num_slots, 3, dtype=torch.float64, device=device)
+        # Rows: token, position, seed, choice, top_k; and temperature, top_p, min_p. What is
+        # gathered of a row lies together, as kernels take it.
+        self._integers = torch.zeros(5, num_slots, dtype=torch.int64, device=device)
+        self._shares = torch.zeros(3, num_slots, dtype=torch.float64, device=device)
         self._tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
         self._slots = torch.full((max_num_sequences,), max_num_sequences, device=device)
 
     @property
     def padding_slot(self) -> int:
         """The slot that is nobody's."""
-        return len(self._integers) - 1
+        return self._integers.shape[1] - 1
 
     @property
     def static_buffers(self) -> list[Tensor]:
@@ -95,12 +98,13 @@ class DecodeStep:
         """Take in what the host knows better."""
         device = self._integers.device
         if change.progress:
-            progress = torch.from_numpy(np.array(change.progress)).to(device)
-            self._integers[progress[:, 0], :2] = progress[:, 1:]
+            progress = torch.from_numpy(np.array(change.progress).T).to(device)
+            self._integers[:2, progress[0]] = progress[1:]
         if change.params:
-            params = torch.from_numpy(np.array(change.params)).to(device)
-            self._integers[params[:, 0], 2:] = params[:, 1:]
-            self._shares[params[:, 0]] = torch.from_numpy(np.array(change.shares)).to(device)
+            params = torch.from_numpy(np.array(change.params).T).to(device)
+            shares = torch.from_numpy(np.array(change.shares).T).to(device)
+            self._integers[2:, params[0]] = params[1:]
+            self._shares[:, params[0]] = shares
         if change.blocks:
             blocks = torch.from_numpy(np.array(change.blocks)).to(device)
             self._tables[blocks[:, 0], blocks[:, 1]] = blocks[:, 2].int()
@@ -117,8 +121,7 @@ class DecodeStep:
         With BY_HOST the result is logits (num_rows, V) float32, the slots wait for `feed`.
         """
         slots = self._slots[:num_rows]
-        integers = self._integers[slots]
-        tokens, positions, seeds, choices, top_k = integers.unbind(1)
+        tokens, positions, seeds, choices, top_k = self._integers[:, slots].unbind()
         block_size = self.cache.block_size
         batch = ModelInput(
             tokens=tokens,
@@ -134,7 +137,7 @@ class DecodeStep:
             return logits
         drawn, best = lowest_argmax(logits)
         if sampling != Sampling.GREEDY:
-            temperature, top_p, min_p = self._shares[slots].unbind(1)
+            temperature, top_p, min_p = self._shares[:, slots].unbind()
             is_greedy = temperature == 0
             temperature = temperature.clamp(min=_COLDEST)
             filters = None
@@ -158,7 +161,7 @@ class DecodeStep:
     def feed(self, token_ids: Tensor) -> None:
         """Finish a step that ended with logits, by token ids (R,) for the first R slots."""
         slots = self._slots[: len(token_ids)]
-        self._advance(slots, token_ids, self._integers[slots, 1])
+        self._advance(slots, token_ids, self._integers[1, slots])
 
     def read(self, token_ids: Tensor) -> Callable[[], list[int]]:
         """Begin to copy token ids to the host; the call waits for the copy, not for later steps."""
@@ -178,11 +181,11 @@ class DecodeStep:
         return wait
 
     def _advance(self, slots: Tensor, token_ids: Tensor, positions: Tensor) -> None:
-        self._integers[:, 0].index_copy_(0, slots, token_ids)
+        self._integers[0].index_copy_(0, slots, token_ids)
         # A sequence may have ended without the device knowing: it must stay inside the context.
         positions = (positions + 1).clamp(max=self._model.config.n_ctx - 1)
-        self._integers[:, 1].index_copy_(0, slots, positions)
-        self._integers[-1].zero_()  # padding stays where it is
+        self._integers[1].index_copy_(0, slots, positions)
+        self._integers[:, -1].zero_()  # padding stays where it is
 
 
 class DecodeLoop:
@@ -297,7 +300,7 @@ class DecodeLoop:
         def run() -> Tensor:
             return self._step.run(bucket, sampling)
 
-        if self._step.static_buffers[0].device.type != "cuda":
+        if not self._step.can_capture or self._step.static_buffers[0].device.type != "cuda":
             return run
         return self._capture(run)
 

@@ -30,6 +30,7 @@ class TritonLinear(nn.Module):
     ) -> None:
         """Take weight (out, in) and bias (out,) as they lie; `out_dtype` if not the weight's."""
         super().__init__()
+        assert weight.is_contiguous(), "kernels know no stride"
         self._weight = weight.detach()
         self._bias = None if bias is None else bias.detach()
         self._activation = activation
@@ -42,6 +43,7 @@ class TritonLinear(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map x (N, in) to (N, out), and add a residual (N, out) if there is one."""
         num_rows, num_out = len(x), len(self._weight)
+        assert x.stride(1) == 1, "a row's values lie together"
         out = torch.empty(num_rows, num_out, dtype=self._out_dtype, device=x.device)
         # Row tiles first: those that need the same weights run at the same time.
         grid = (triton.cdiv(num_rows, _ROWS), triton.cdiv(num_out, self._outs))

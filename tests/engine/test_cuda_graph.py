@@ -285,8 +285,8 @@ def test_the_step_runs_on_without_the_host(sampling: Sampling) -> None:
     step = make_step(tiny_gpt(CONFIG), device="cpu")
     integers, shares, tables, slots = step.static_buffers
     where = [buffer.data_ptr() for buffer in step.static_buffers]
-    integers[2] = torch.tensor([prompt[0], 0, kind.seed, 0, kind.top_k or VOCAB_SIZE])
-    shares[2] = torch.tensor([kind.temperature, kind.top_p, kind.min_p])
+    integers[:, 2] = torch.tensor([prompt[0], 0, kind.seed, 0, kind.top_k or VOCAB_SIZE])
+    shares[:, 2] = torch.tensor([kind.temperature, kind.top_p, kind.min_p])
     tables[2] = torch.arange(1, 17)
     slots[1] = 2
 
@@ -294,7 +294,7 @@ def test_the_step_runs_on_without_the_host(sampling: Sampling) -> None:
 
     assert found == expected
     assert [buffer.data_ptr() for buffer in step.static_buffers] == where
-    assert not integers[-1].any(), "padding stays where it is"
+    assert not integers[:, -1].any(), "padding stays where it is"
 
 
 @torch.inference_mode()
@@ -312,13 +312,13 @@ def test_padding_writes_to_the_null_block_alone() -> None:
 def test_a_row_at_the_end_of_the_context_stays_there() -> None:
     step = make_step(tiny_gpt(CONFIG), device="cpu")
     integers, _, _, slots = step.static_buffers
-    integers[0, 1] = CONFIG.n_ctx - 1
+    integers[1, 0] = CONFIG.n_ctx - 1
     slots[0] = 0
 
     step.run(1, Sampling.GREEDY)
     token = step.run(1, Sampling.GREEDY)
 
-    assert integers[0, 1] == CONFIG.n_ctx - 1
+    assert integers[1, 0] == CONFIG.n_ctx - 1
     assert token != NOT_FINITE
 
 
@@ -391,8 +391,9 @@ def test_the_triton_engine_draws_what_the_plain_one_draws() -> None:
     device = "cuda" if HAS_CUDA else "cpu"
     model = tiny_gpt(CONFIG).to(device)
     workload = [
-        Request(random_prompt(20, seed=1), params(max_tokens=4, temperature=0)),
-        Request(random_prompt(6, seed=2), params(max_tokens=6, seed=9), arrives=1),
+        Request(random_prompt(20, seed=1), params(max_tokens=6, temperature=0)),
+        Request(random_prompt(6, seed=2), params(max_tokens=9, seed=9), arrives=1),
+        Request(random_prompt(2, seed=3), params(max_tokens=9, logprobs=0), arrives=2),
     ]
     usual = make_engine(model, attention=PagedAttention, use_triton=False)
     ours = make_engine(

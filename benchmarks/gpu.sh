@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Check and time the GPU path: benchmarks/gpu.sh [FOLDER]; the report is FOLDER/gpu.md. Needs an
+# NVIDIA GPU, Python 3.11 to 3.13, torch, triton, numpy, numba, rich and msgspec, and no network:
+# what is missing may lie as wheels in ./wheels (on a machine with torch alone: msgspec at least).
+# Under ten minutes: the report gets eight, the tests get what is left of them.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-${OUT:-gpu-report}}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+if compgen -G 'wheels/*.whl' > /dev/null; then
+    site=$(mktemp -d)
+    "$python" -m pip install --quiet --no-index --no-deps --target "$site" wheels/*.whl || exit 1
+    export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+unset TRITON_INTERPRET
+export PYTHONUNBUFFERED=1
+timeout 480 "$python" -m benchmarks.gpu --device cuda --out "$out" --limit-seconds 400
+status=$?
+# The same tests that CI runs in the interpreter, and those that need a device.
+timeout 100 "$python" -m pytest -q -p no:cacheprovider -W default tests/engine/test_attention_triton.py \
+    tests/engine/test_block_triton.py tests/engine/test_cuda_graph.py > "$out/tests.txt" 2>&1 \
+    || status=1
+tail -n 5 "$out/tests.txt"
+exit "$status"
