@@ -96,24 +96,29 @@ class DecodeStep:
 
     def write(self, change: _Change) -> None:
         """Take in what the host knows better."""
-        device = self._integers.device
         if change.progress:
-            progress = torch.from_numpy(np.array(change.progress).T).to(device)
+            progress = self._send(np.array(change.progress).T)
             self._integers[:2, progress[0]] = progress[1:]
         if change.params:
-            params = torch.from_numpy(np.array(change.params).T).to(device)
-            shares = torch.from_numpy(np.array(change.shares).T).to(device)
+            params = self._send(np.array(change.params).T)
             self._integers[2:, params[0]] = params[1:]
-            self._shares[:, params[0]] = shares
+            self._shares[:, params[0]] = self._send(np.array(change.shares).T)
         if change.blocks:
-            blocks = torch.from_numpy(np.array(change.blocks)).to(device)
-            self._tables[blocks[:, 0], blocks[:, 1]] = blocks[:, 2].int()
+            blocks = self._send(np.array(change.blocks).T)
+            self._tables[blocks[0], blocks[1]] = blocks[2].int()
 
     def choose_slots(self, slots: np.ndarray) -> None:
         """Say whose turn it is from now on; the rest is padding."""
         padded = np.full(len(self._slots), self.padding_slot)
         padded[: len(slots)] = slots
-        self._slots.copy_(torch.from_numpy(padded))
+        self._slots.copy_(self._send(padded))
+
+    def _send(self, array: np.ndarray) -> Tensor:
+        """Copy to the device without waiting for it: it may be busy with the step before."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self._slots.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self._slots.device, non_blocking=True)
 
     def run(self, num_rows: int, sampling: Sampling) -> Tensor:
         """Advance the first `num_rows` slots: their token ids (num_rows,), or NOT_FINITE.
