@@ -22,16 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine import draw_triton
 from engine.attention import PagedAttention
 from engine.attention_triton import TritonPagedAttention
 from engine.batch import ModelInput, Span
 from engine.block_triton import TritonLayerNorm
 from engine.config import EngineConfig
 from engine.cuda_graph import DecodeStep
+from engine.draw import draw
 from engine.engine import Engine
 from engine.kv_cache import KVCache
 from engine.linear_triton import TritonLinear
 from engine.messages import Choice, Submit
+from engine.random_stream import NoiseKeys
 from engine.sampling_params import SamplingParams
 from model.attention import CausalAttention
 from model.config import GPTConfig
@@ -178,6 +181,8 @@ class Bench:
             for name, ours, theirs in self._kernel_pairs(dtype):
                 error = (ours.cpu().float() - theirs).abs().max().item()
                 allowed = tolerance * max(1.0, theirs.abs().max().item())
+                if name == "draw":
+                    allowed = 0.0
                 verdict = "pass" if error <= allowed else "FAIL"
                 rows.append((name, str(dtype)[6:], f"{error:.1e}", f"{allowed:.1e}", verdict))
         self.report.add_table(("kernel", "dtype", "largest error", "allowed", "verdict"), rows)
@@ -207,6 +212,17 @@ class Bench:
                 product = F.linear(x.float(), weight.float(), bias.float())
                 theirs = F.gelu(product, approximate="tanh") + residual.float()
                 yield f"product {num_in} to {num_out}, {num_rows} rows", ours, theirs
+        if dtype == torch.float32:
+            logits = torch.randn(9, self.config.vocab_size) * 3 - 100
+            temperature = torch.rand(9, dtype=torch.float64) + 0.5
+            columns = torch.arange(27).view(3, 9)
+            ours = draw_triton.draw(
+                logits.to(self.device),
+                temperature.to(self.device),
+                NoiseKeys(*columns.to(self.device).unbind()),
+            )
+            theirs = draw(logits, temperature, NoiseKeys(*columns.unbind()))
+            yield "draw", ours, theirs.float()
         for name, spans in self._span_cases().items():
             yield f"attention, {name}", *self._attention_pair(spans, dtype)
 

@@ -5,6 +5,7 @@ it ready for the next one: the token it draws is the next one's input. The host 
 Knows no queue and no requests beyond their sampling parameters.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import BatchBuilder, ModelInput
-from engine.draw import Filters, draw, lowest_argmax
+from engine.draw import Filters, draw, kept_tokens, lowest_argmax
 from engine.kv_cache import KVCache
 from engine.random_stream import NoiseKeys
 from engine.sampling_params import SamplingParams
@@ -25,6 +26,7 @@ from model.gpt import GPT
 
 AttentionFactory = Callable[[GPTConfig, KVCache, ModelInput], Attend]
 Head = Callable[[Tensor], Tensor]
+Draw = Callable[[Tensor, Tensor, NoiseKeys], Tensor]
 DecodeStepFactory = Callable[..., "DecodeStep"]  # the class, or one that only pretends
 
 _COLDEST = 1e-30  # as in engine.sampler
@@ -70,8 +72,10 @@ class DecodeStep:
         *,
         max_num_sequences: int,
         vocab_size: int,
+        draw: Draw = draw,
     ) -> None:
-        self._model, self._head = model, head
+        """Allocate the slots. `draw` is the device's own, equal to the default without filters."""
+        self._model, self._head, self._draw = model, head, draw
         self.cache, self._attention = cache, attention
         self.vocab_size = vocab_size
         device = cache.k.device
@@ -145,7 +149,6 @@ class DecodeStep:
             temperature, top_p, min_p = self._shares[:, slots].unbind()
             is_greedy = temperature == 0
             temperature = temperature.clamp(min=_COLDEST)
-            filters = None
             if sampling == Sampling.FILTERED:
                 filters = Filters(
                     top_k,
@@ -156,9 +159,11 @@ class DecodeStep:
                     has_top_p=True,
                     has_typical_p=False,
                 )
+                kept = kept_tokens(logits, temperature, filters)
+                logits = logits.masked_fill(~kept, -math.inf)
             # The token to be drawn stands behind the one just computed.
             keys = NoiseKeys(seeds, choices, positions + 1)
-            drawn = drawn.where(is_greedy, draw(logits, temperature, keys, filters))
+            drawn = drawn.where(is_greedy, self._draw(logits, temperature, keys))
         is_finite = best.isfinite()
         self._advance(slots, drawn.masked_fill(~is_finite, 0), positions)
         return drawn.masked_fill(~is_finite, NOT_FINITE)

@@ -20,7 +20,9 @@ from engine.cuda_graph import (
     DecodeLoop,
     DecodeStep,
     DecodeStepFactory,
+    Draw,
 )
+from engine.draw import draw as draw_by_definition
 from engine.kv_cache import KVCache
 from engine.linear import Head, pack
 from engine.messages import TopLogprobs
@@ -82,10 +84,13 @@ class ModelRunner:
         on_cuda = model.wte.weight.device.type == "cuda"
         if use_triton is None:
             use_triton = on_cuda and importlib.util.find_spec("triton") is not None
+        draw: Draw = draw_by_definition
         if use_triton:
             from engine.attention_triton import TritonPagedAttention
             from engine.block_triton import fuse
+            from engine.draw_triton import draw as draw_by_kernel
 
+            draw = draw_by_kernel
             self._head: nn.Module = fuse(model, vocab_size)
             attention = attention or TritonPagedAttention
         else:
@@ -110,6 +115,7 @@ class ModelRunner:
                 attention,
                 max_num_sequences=max_num_sequences,
                 vocab_size=vocab_size,
+                draw=draw,
             )
             self._decode_loop = DecodeLoop(step, builder, max_num_sequences=max_num_sequences)
         self._sampling_rows: dict[int, SamplingRow] = {}  # by sequence

@@ -45,4 +45,4 @@ def test_kernels_are_compared_and_found_right() -> None:
     Bench(device=DEVICE, is_smoke=True, report=report).check_kernels()
 
     assert report.values["kernels"] == 1.0
-    assert report.parts[0].count("| pass |") == 26
+    assert report.parts[0].count("| pass |") == 27

@@ -15,17 +15,28 @@ from triton.compiler import ASTSource
 
 from engine.attention_triton import _decode_kernel, _prefill_kernel, _write_kernel
 from engine.block_triton import _layer_norm_kernel
+from engine.draw_triton import _draw_kernel
 from engine.linear_triton import _linear_kernel
 
 _INDICES = {"positions": "*i64", "row_sequences": "*i64", "tables": "*i32", "tiles": "*i32"}
 _SCRATCH = {"mixtures": "*fp32", "maxima": "*fp32", "totals": "*fp32", "num_done": "*i32"}
 _SCALARS = {"scale": "fp32", "epsilon": "fp32", "num_rows": "i32", "num_out": "i32"}
+_DRAW = {
+    "logits": "*fp32",
+    "best": "*fp32",
+    "temperatures": "*fp64",
+    "num_ids": "i32",
+    "seeds": "*i64",
+    "choices": "*i64",
+    "peaks": "*fp64",
+    "ids": "*i64",
+}
 _HEADS = {"D": 64, "PADDED_D": 64, "BLOCK_SIZE": 16}
 
 
 def compile_kernel(kernel: Any, values: str, constants: dict[str, Any], **options: int) -> None:
     """Compile with tensors of `values` unless their names say otherwise; print the outcome."""
-    types = {**_INDICES, **_SCRATCH, **_SCALARS, "rows": "*i32"}
+    types = {**_DRAW, **_INDICES, **_SCRATCH, **_SCALARS, "rows": "*i32"}
     names = kernel.arg_names
     signature, hints = {}, {}
     for place, name in enumerate(names):
@@ -64,6 +75,7 @@ def main() -> None:
     linear = {"IN": 768, "ROWS": 64, "INS": 64, "ACTIVATION": None, "OPERAND": tl.bfloat16}
     compile_kernel(_write_kernel, "bf16", write)
     compile_kernel(_layer_norm_kernel, "bf16", norm)
+    compile_kernel(_draw_kernel, "fp32", {"IDS": 1024, "NO_CHANCE": -19.5}, num_warps=4)
     for all_rows in (True, False):
         decode = {**_HEADS, "SPLIT": 256, "KEYS": 32, "ALL_ROWS": all_rows}
         compile_kernel(_decode_kernel, "bf16", decode, num_warps=4, num_stages=2)
