@@ -164,6 +164,9 @@ async def _exchange(
     except (IndexError, ValueError, OSError):
         writer.close()
         raise ConnectionError("the server's reply is no HTTP") from None
+    except asyncio.CancelledError:  # it took too long
+        writer.close()
+        raise
     return reader, writer, status
 
 
@@ -211,6 +214,8 @@ async def stream_completion(config: LoadConfig, model: str, prompt: str) -> Stre
                 writer.close()
     except (OSError, TimeoutError, ValueError) as error:
         result.error = str(error) or "timeout"
+    except (KeyError, TypeError, AttributeError):
+        result.error = "the stream has events of another shape than OpenAI's"
     result.ended_at = time.perf_counter()
     if result.error is None and not result.arrivals:
         result.error = "a stream without text"

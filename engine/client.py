@@ -110,7 +110,7 @@ class TokenStream:
 
     def __init__(self, close: Callable[[], None]) -> None:
         self._ready: deque[tuple[int, TokenOutput]] = deque()
-        self._wakeup = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self._is_finished = False
         self._error: Exception | None = None
         self._close = close
@@ -119,17 +119,34 @@ class TokenStream:
         return self
 
     async def __anext__(self) -> tuple[int, TokenOutput]:
+        if not self._ready:
+            await self._wait()
+        if not self._ready:
+            raise StopAsyncIteration
+        return self._ready.popleft()
+
+    async def arrivals(self) -> list[tuple[int, TokenOutput]]:
+        """All that came since the last time, at least one; none at the end.
+
+        What arrives together can leave together, and costs its reader one wait.
+        """
+        if not self._ready:
+            await self._wait()
+        return self.take_ready()
+
+    async def _wait(self) -> None:
+        """Wait until something is ready, or nothing will be any more."""
         while not self._ready:
             if self._error is not None:
                 raise self._error
             if self._is_finished:
-                raise StopAsyncIteration
-            self._wakeup.clear()
-            await self._wakeup.wait()
-        return self._ready.popleft()
+                return
+            # A future and no asyncio.Event: this happens once a token.
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
 
     def take_ready(self) -> list[tuple[int, TokenOutput]]:
-        """What has arrived and was not taken yet, without waiting: it can leave together."""
+        """What has arrived and was not taken yet, without waiting."""
         ready = list(self._ready)
         self._ready.clear()
         return ready
@@ -143,13 +160,19 @@ class TokenStream:
     def put(self, choice: int, output: TokenOutput) -> None:
         """Deliver an output; for the client alone."""
         self._ready.append((choice, output))
-        self._wakeup.set()
+        if self._waiter is not None:
+            self._wake()
 
     def finish(self, error: Exception | None = None) -> None:
         """End the stream behind what was delivered; for the client alone."""
         self._is_finished = True
         self._error = error
-        self._wakeup.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():  # its task may have gone
+            self._waiter.set_result(None)
+        self._waiter = None
 
 
 class EngineClient:
@@ -165,16 +188,19 @@ class EngineClient:
         hang_seconds: float = 30.0,
         start_seconds: float = 300.0,
         max_fruitless_restarts: int = 3,
+        worker_module: str = "engine.worker",
     ) -> None:
         """Prepare a client.
 
         A worker without a sign of life for `hang_seconds` while it has work is killed. After
         `max_fruitless_restarts` workers in a row that brought no token, none is started any more.
+        Another `worker_module` speaks the same frames, and need not compute for them.
         """
         self._config = config
         self._hang_seconds = hang_seconds
         self._start_seconds = start_seconds
         self._max_fruitless_restarts = max_fruitless_restarts
+        self._worker_module = worker_module
         self._requests: dict[str, _Request] = {}  # unfinished, in the order of arrival
         self._request_of: dict[int, tuple[_Request, _Choice]] = {}  # by sequence
         self._suspects: deque[str] = deque()  # to run alone, one by one
@@ -300,7 +326,7 @@ class EngineClient:
         recorder = FlightRecorder.create(max_num_sequences=self._config.engine.max_num_sequences)
         try:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "engine.worker", str(theirs.fileno()),
+                sys.executable, "-m", self._worker_module, str(theirs.fileno()),
                 str(recorder.descriptor), str(os.getpid()),
                 pass_fds=(theirs.fileno(), recorder.descriptor), stdin=asyncio.subprocess.DEVNULL,
                 env=_worker_environment(),

@@ -134,15 +134,17 @@ def serve(
     model: ServedModel,
     *,
     hang_seconds: float = 30.0,
+    worker_module: str = "engine.worker",
     announce: Callable[[str, Ready], None],
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish what runs; raises CannotServe.
 
     `announce` is called once, with the server's address, when requests can be sent there.
     """
+    engine = EngineClient(launch, hang_seconds=hang_seconds, worker_module=worker_module)
     listening = _bind(config)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(config, launch, model, listening, hang_seconds, announce))
+        runner.run(_serve(Service(config, launch, model, engine), engine, listening, announce))
 
 
 def _bind(config: ServerConfig) -> socket.socket:
@@ -173,15 +175,12 @@ def _address(config: ServerConfig, listening: socket.socket) -> str:
 
 
 async def _serve(
-    config: ServerConfig,
-    launch: LaunchConfig,
-    model: ServedModel,
+    service: Service,
+    engine: EngineClient,
     listening: socket.socket,
-    hang_seconds: float,
     announce: Callable[[str, Ready], None],
 ) -> None:
-    engine = EngineClient(launch, hang_seconds=hang_seconds)
-    service = Service(config, launch, model, engine)
+    config = service.config
     engine.on_step = service.record_step
     try:
         listener = _Listener(_uvicorn_config(config, service))

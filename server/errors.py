@@ -84,12 +84,11 @@ class InvalidKey(ApiError):
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
+    # A header line each: Chromium reads one challenge of a line.
+    challenges = ("Bearer", 'Basic realm="kvik"')
 
     def __init__(self) -> None:
-        super().__init__(
-            "This server wants an API key: send the header Authorization: Bearer KEY.",
-            headers={"WWW-Authenticate": 'Bearer, Basic realm="kvik"'},
-        )
+        super().__init__("This server wants an API key: send the header Authorization: Bearer KEY.")
 
 
 class NotFound(ApiError):

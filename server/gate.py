@@ -9,7 +9,7 @@ import secrets
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError, InvalidKey
+from server.errors import InvalidKey
 from server.service import Service
 
 PUBLIC_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
@@ -59,7 +59,7 @@ class Gate:
             state["salt"] = self._authenticate(scope["path"], headers.get(b"authorization", b""))
             await self._app(scope, receive, send_with_id)
         except InvalidKey as error:
-            await send_error(error, send_with_id)
+            await _ask_for_key(error, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             self._service.metrics.http.labels(route, method, str(status)).inc()
@@ -92,13 +92,13 @@ def _read_key(authorization: bytes) -> bytes:
     return b""
 
 
-async def send_error(error: ApiError, send: Send) -> None:
+async def _ask_for_key(error: InvalidKey, send: Send) -> None:
     """Answer with an error, outside the framework."""
     body = error.to_json()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
-        *((name.lower().encode(), value.encode()) for name, value in error.headers.items()),
+        *((b"www-authenticate", challenge.encode()) for challenge in error.challenges),
     ]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -19,7 +19,7 @@ from server.metrics import Metrics, Outcome
 from server.protocol import CompletionRequest
 from server.served_model import ServedModel
 
-Arrival = tuple[int, int, TokenOutput]  # which prompt, which of its choices, and what came
+Arrivals = tuple["PromptRun", list[tuple[int, TokenOutput]]]  # each with its choice's index
 
 _LEAST_LOGPROB = -9999.0  # in place of minus infinity, which JSON has not
 
@@ -171,6 +171,8 @@ class ChoiceText:
         self._logprobs = LogprobLists()
         self._token_ids: list[int] = []
         self._has_begun = False
+        # Besides text, in every delta.
+        self._has_more = run.body.logprobs is not None or run.body.return_token_ids
 
     @property
     def is_finished(self) -> bool:
@@ -216,6 +218,16 @@ class ChoiceText:
         )
         if self._detokenizer.stop is not None:
             self.finish_reason, self.stop_reason = "stop", self._detokenizer.stop
+
+    def take_text(self) -> str | None:
+        """What is new, where it is text and nothing else: all of a stream but its first and last.
+
+        None where `take_delta` has more to tell; it is to be asked then.
+        """
+        if not self._has_begun or self.finish_reason is not None or self._has_more:
+            return None
+        text, self._text = self._text, ""
+        return text
 
     def take_delta(self) -> Delta | None:
         """What is new since the last time, if there is something to show."""
@@ -268,7 +280,7 @@ class Generation:
         self._metrics = metrics
         self._abort_choice = abort_choice
         self._num_unfinished = sum(len(run.choices) for run in runs)
-        self._queue: asyncio.Queue[Arrival | EngineError | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[Arrivals | EngineError | None] = asyncio.Queue()
         self._forwarders: list[asyncio.Task[None]] = []
         self._num_open = 0  # forwarders that have not come to their stream's end
         self.given_up: tuple[Outcome, ApiError | None] | None = None
@@ -297,15 +309,15 @@ class Generation:
                 raise self.given_up[1]
             return None
         now = time.monotonic()
-        touched: dict[tuple[int, int], ChoiceText] = {}
-        for run_index, choice_index, output in arrivals:
-            choice = self._take(run_index, choice_index, output, now)
-            if choice is not None:
-                touched[run_index, choice_index] = choice
-            if output.prompt_logprobs:  # the others may have waited for them
-                for other in self.runs[run_index].choices:
-                    touched[run_index, other.index] = other
-        return list(touched.values())
+        touched: dict[ChoiceText, None] = {}  # an ordered set
+        for run, outputs in arrivals:
+            for index, output in outputs:
+                choice = run.choices[index]
+                if self._take(run, choice, output, now):
+                    touched[choice] = None
+                if output.prompt_logprobs:  # the others may have waited for them
+                    touched.update(dict.fromkeys(run.choices))
+        return list(touched)
 
     def close(self) -> None:
         """Let go of what still runs; does nothing once all has ended."""
@@ -317,24 +329,21 @@ class Generation:
                     self._metrics.num_overrun_tokens += output.token_id is not None
                 run.stream.close()
 
-    async def _arrivals(self) -> list[Arrival] | None:
+    async def _arrivals(self) -> list[Arrivals] | None:
         """What came from any prompt's stream, all that came together; None at their end."""
         if len(self.runs) == 1:
-            stream = self.runs[0].stream
-            assert stream is not None
-            try:
-                choice, output = await anext(stream)
-            except StopAsyncIteration:
-                return None
-            return [(0, choice, output), *((0, c, o) for c, o in stream.take_ready())]
+            (run,) = self.runs
+            assert run.stream is not None
+            outputs = await run.stream.arrivals()
+            return [(run, outputs)] if outputs else None
         if not self._forwarders:
             self._forwarders = [
-                asyncio.create_task(self._forward(index, run.stream))
-                for index, run in enumerate(self.runs)
+                asyncio.create_task(self._forward(run, run.stream))
+                for run in self.runs
                 if run.stream is not None
             ]
             self._num_open = len(self._forwarders)
-        arrivals: list[Arrival] = []
+        arrivals: list[Arrivals] = []
         while self._num_open and not arrivals:
             items = [await self._queue.get()]
             while not self._queue.empty():
@@ -348,23 +357,20 @@ class Generation:
                     arrivals.append(item)
         return arrivals or None
 
-    async def _forward(self, index: int, stream: TokenStream) -> None:
+    async def _forward(self, run: PromptRun, stream: TokenStream) -> None:
         """Bring one prompt's outputs to where those of all prompts are waited for."""
         try:
-            async for choice, output in stream:
-                self._queue.put_nowait((index, choice, output))
+            while outputs := await stream.arrivals():
+                self._queue.put_nowait((run, outputs))
         except EngineError as error:
             self._queue.put_nowait(error)
         self._queue.put_nowait(None)
 
-    def _take(
-        self, run_index: int, choice_index: int, output: TokenOutput, now: float
-    ) -> ChoiceText | None:
-        run = self.runs[run_index]
-        choice = run.choices[choice_index]
-        if choice.is_finished:  # its text ended while the engine went on
+    def _take(self, run: PromptRun, choice: ChoiceText, output: TokenOutput, now: float) -> bool:
+        """Take in one output; whether its choice got further."""
+        if choice.finish_reason is not None:  # its text ended while the engine went on
             self._metrics.num_overrun_tokens += output.token_id is not None
-            return None
+            return False
         if output.finish_reason == "error":
             raise EngineFailed(
                 output.error or "The model failed on this request.", code=output.error_code
@@ -380,8 +386,8 @@ class Generation:
         if choice.push(output):
             self._num_unfinished -= 1
             if output.finish_reason is None:
-                self._abort_choice(run_index, choice_index)
-        return choice
+                self._abort_choice(run.place, choice.index)
+        return True
 
     def _time_token(self, run: PromptRun, choice: ChoiceText, now: float) -> None:
         self.last_token_at = now

@@ -432,4 +432,9 @@ def operations_router(service: Service) -> APIRouter:
         """The reference, drawn from /openapi.json; it loads nothing from elsewhere."""
         return HTMLResponse((PAGES / "docs.html").read_text(encoding="utf-8"))
 
+    @router.get("/dashboard", include_in_schema=False)
+    async def show_dashboard() -> Response:
+        """What happens here and now, drawn from /metrics; it loads nothing from elsewhere."""
+        return HTMLResponse((PAGES / "dashboard.html").read_text(encoding="utf-8"))
+
     return router

@@ -86,26 +86,34 @@ class Frames:
         self._includes_usage = options is not None and options.include_usage
         self._generation = generation
         self._prefix = b"data: " + encode(head(generation, fingerprint))[:-1] + b',"choices":['
+        self._prefixes: dict[ChoiceText, bytes] = {}
         self._end = b'],"usage":null}\n\n' if self._includes_usage else b"]}\n\n"
+        self._plain_end = b',"logprobs":null,"finish_reason":null}' + self._end
 
     def chunks(self, choices: list[ChoiceText]) -> bytes:
         """The frames for what is new of these choices; none, where nothing can be shown yet."""
-        frames = []
-        n = self._generation.body.n
+        frames: list[bytes] = []
         for choice in choices:
-            delta = choice.take_delta()
-            if delta is not None:
-                index = choice.run.place * n + choice.index
-                frames += [self._prefix, self._choice(index, choice.run, delta), self._end]
+            text = choice.take_text()
+            if text:
+                frames += [self._prefix_of(choice), encode(text), self._plain_end]
+            elif text is None and (delta := choice.take_delta()) is not None:
+                reply = choice_reply(self._index(choice), choice.run, delta)
+                frames += [self._prefix, encode(reply), self._end]
         if frames and self._generation.is_finished and not self._includes_usage:
             frames[-1] = b'],"timings":' + encode(self._generation.timings()) + b"}\n\n"
         return b"".join(frames)
 
-    def _choice(self, index: int, run: PromptRun, delta: Delta) -> bytes:
-        if delta.finish_reason is None and delta.logprobs is None and delta.token_ids is None:
-            text = encode(delta.text)
-            return b'{"index":%d,"text":%b,"logprobs":null,"finish_reason":null}' % (index, text)
-        return encode(choice_reply(index, run, delta))
+    def _index(self, choice: ChoiceText) -> int:
+        return choice.run.place * self._generation.body.n + choice.index
+
+    def _prefix_of(self, choice: ChoiceText) -> bytes:
+        """A chunk up to the text, where there is nothing but text."""
+        prefix = self._prefixes.get(choice)
+        if prefix is None:
+            prefix = self._prefix + b'{"index":%d,"text":' % self._index(choice)
+            self._prefixes[choice] = prefix
+        return prefix
 
     def tail(self) -> bytes:
         """What follows the last chunk of a stream that ended well."""
@@ -159,7 +167,9 @@ class EventStream(Response):
                     headers = [*_HEADERS, *self._headers_besides()]
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                     self.last_sent_at = time.monotonic()
-                    await self._run()
+                    # In a task of its own: every token would wake up the twenty coroutines of
+                    # the framework that wait below this one.
+                    await asyncio.create_task(self._run())
                 finally:
                     watcher.cancel()
                     self._streams.discard(self)

@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.attention import PagedAttention
 from engine.attention_cpu import CPUPagedAttention
 from engine.batch import ModelInput
+from engine.config import EngineConfig
 from engine.kv_cache import KVCache
 from model.attention import CausalAttention
 from model.config import GPTConfig
@@ -128,18 +129,49 @@ def test_a_row_has_the_same_bytes_whatever_rows_come_with_it(dtype: torch.dtype)
     together = CPUPagedAttention(config, cache, batch)(0, q, k, v)
 
     for row in range(63):
-        alone = ModelInput(
-            tokens=batch.tokens[row : row + 1],
-            positions=batch.positions[row : row + 1],
-            row_sequences=batch.row_sequences[row : row + 1],
-            block_tables=batch.block_tables,
-            slot_blocks=batch.slot_blocks[row : row + 1],
-            slot_offsets=batch.slot_offsets[row : row + 1],
-        )
         one = slice(row, row + 1)
-        y = CPUPagedAttention(config, cache, alone)(0, q[one], k[one], v[one])
+        y = CPUPagedAttention(config, cache, rows_of(batch, one))(0, q[one], k[one], v[one])
 
         assert torch.equal(y[0], together[row])
+
+
+def rows_of(batch: ModelInput, rows: slice) -> ModelInput:
+    return ModelInput(
+        tokens=batch.tokens[rows],
+        positions=batch.positions[rows],
+        row_sequences=batch.row_sequences[rows],
+        block_tables=batch.block_tables,
+        slot_blocks=batch.slot_blocks[rows],
+        slot_offsets=batch.slot_offsets[rows],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bytes_at_every_row_count_of_a_step(dtype: torch.dtype) -> None:
+    """Decode rows of many sequences, then a prompt, cut at every place of both."""
+    torch.manual_seed(0)
+    budget = EngineConfig().max_num_scheduled_tokens
+    config = make_config(n_head=2, head_size=64, n_ctx=1024)
+    spans = [(31 * index, 31 * index + 1) for index in range(30)]
+    spans.append((200, 200 + budget - len(spans)))
+    cache = KVCache(config, num_blocks=1 + 31 * 64, block_size=16, dtype=dtype, device="cpu")
+    cache.k.copy_(torch.randn(cache.k.shape))
+    cache.v.copy_(torch.randn(cache.v.shape))
+    batch = make_input(cache, spans, n_ctx=config.n_ctx)
+    # As c_attn leaves them: q, k and v of a row beside each other. A lone row of them is
+    # contiguous, several are not, and compiled code may tell the two apart.
+    fused = torch.randn(budget, 3 * config.n_embd).to(dtype)
+    q, k, v = (part.view(budget, config.n_head, -1) for part in fused.chunk(3, dim=-1))
+    together = CPUPagedAttention(config, cache, batch)(0, q, k, v)
+
+    def last(count: int) -> Tensor:
+        rows = slice(budget - count, budget)
+        kernel = CPUPagedAttention(config, cache, rows_of(batch, rows))
+        return kernel(0, q[rows], k[rows], v[rows])
+
+    different = [n for n in range(1, budget) if not torch.equal(last(n), together[budget - n :])]
+
+    assert different == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -98,6 +98,29 @@ def test_logprobs_equal_those_of_the_model_in_float64() -> None:
         assert found.logprobs == pytest.approx(top.values.tolist(), abs=1e-4)
 
 
+def test_tokens_of_the_engine_are_distributed_as_the_model_in_float64_says() -> None:
+    num_choices = 2000
+    model = tiny_gpt(CONFIG)
+    prompt = random_prompt(9, seed=4)
+    params = SamplingParams(max_tokens=2, temperature=1.5, seed=11, ignore_eos=True)
+    engine = make_engine(model, max_num_sequences=64)
+
+    (results,) = run(engine, [Request(prompt, params, num_choices=num_choices)])
+
+    with torch.no_grad():
+        logits = reference_logprobs(model, prompt, 95)[-1] / params.temperature
+    expected = num_choices * logits.softmax(-1)
+    counts = torch.tensor([result.token_ids[0] for result in results]).bincount(minlength=95)
+    # Tokens expected less than ten times share a bin.
+    common = expected >= 10
+    hoped = torch.cat((expected[common], expected[~common].sum()[None]))
+    observed = torch.cat((counts[common], counts[~common].sum()[None]))
+    chi_square = float(((observed - hoped) ** 2 / hoped).sum())
+    degrees = len(hoped) - 1
+    assert degrees > 10
+    assert chi_square < degrees + 4.5 * (2 * degrees) ** 0.5
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_outliers_and_an_offset_do_not_decide_the_draw(dtype: torch.dtype) -> None:
     model = gpt_with_outliers(tiny_config(n_ctx=64))
@@ -134,6 +157,38 @@ def test_any_chunking_equals_one_piece(
     results = run(make_engine(dtype=dtype, max_num_scheduled_tokens=budget), workload())
 
     assert [r[0].drawn for r in results] == [r.drawn for r in expected]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prompts_of_all_sorts_of_lengths_end_as_the_longest_says(
+    dtype: torch.dtype,
+) -> None:
+    """Layers of the storyteller's width: the last row needs all K and V of the second.
+
+    Products and attention are looked at for every count by themselves; this is what lies between.
+    """
+    config = tiny_config(n_layer=2, n_head=4, n_embd=256, n_ctx=512, vocab_size=300)
+    engine = make_engine(
+        tiny_gpt(config),
+        dtype=dtype,
+        vocab_size=300,
+        block_size=16,
+        max_num_scheduled_tokens=512,
+        enable_prefix_cache=False,
+    )
+    prompt = random_prompt(512, seed=9, vocab_size=300)
+    scored = SamplingParams(max_tokens=0, prompt_logprobs=5)
+    ((whole,),) = run(engine, [Request(prompt, scored)])
+    drawn = SamplingParams(max_tokens=1, temperature=0, logprobs=5)
+
+    different = []
+    for length in [1, 2, 3, *range(4, 512, 9)]:
+        ((result,),) = run(engine, [Request(prompt[:length], drawn)])
+        found, expected = result.logprobs[0], whole.prompt_logprobs[length - 1]
+        if (found.token_ids, found.logprobs) != (expected.token_ids, expected.logprobs):
+            different.append(length)
+
+    assert different == []
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 64])

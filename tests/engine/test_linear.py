@@ -1,5 +1,7 @@
 """Packed products: equal to the plain ones, and the same bytes for a row in any company."""
 
+from collections.abc import Callable, Iterable, Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,45 +49,77 @@ def test_packed_product_equals_the_plain_one(
     torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=tolerance)
 
 
+# The products of GPT-2 124M and of the storyteller: every count of rows that a step can have, as
+# the claim is. A product of n rows is compared whole, so each of its places is looked at as well.
+SHAPES: list[tuple[int, int, Activation | None]] = [
+    (768, 2304, None),  # c_attn
+    (768, 768, None),  # c_proj
+    (768, 3072, "gelu_new"),  # c_fc
+    (3072, 768, None),  # c_proj of the MLP
+    (256, 768, None),
+    (256, 256, None),
+    (256, 1024, "gelu_new"),
+    (1024, 256, None),
+]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Where a product is cut depends on how many share it; who serves has more than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def differing_counts(
+    product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, counts: Iterable[int]
+) -> list[int]:
+    """The counts n for which the last n rows of x do not come out as they do among all."""
+    together = product(x)
+    return [n for n in counts if not torch.equal(product(x[-n:]), together[-n:])]
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("num_in", "num_out", "activation", "stride"),
-    [
-        (768, 2304, None, 1),  # c_attn of GPT-2 124M: what goes into the cache, every count
-        (256, 768, None, 1),  # the storyteller's
-        (768, 768, None, 11),
-        (768, 3072, "gelu_new", 11),
-        (3072, 768, None, 11),
-        (1024, 256, None, 11),
-        (100, 300, "gelu", 11),  # widths that fill no vector register
-    ],
-)
+@pytest.mark.parametrize(("num_in", "num_out", "activation"), SHAPES)
 def test_a_row_has_the_same_bytes_at_every_row_count_of_a_step(
-    num_in: int, num_out: int, activation: Activation | None, stride: int, dtype: torch.dtype
+    num_in: int, num_out: int, activation: Activation | None, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     packed, _, _ = make_linear(num_in, num_out, dtype, activation)
     x = torch.randn(BUDGET, num_in).to(dtype)
-    together = packed(x)
 
-    different = [
-        count
-        for count in range(1, BUDGET, stride)
-        if not torch.equal(packed(x[BUDGET - count :]), together[BUDGET - count :])
-    ]
-
-    assert different == []
+    assert differing_counts(packed, x, range(1, BUDGET)) == []
 
 
-def test_head_gives_a_row_the_same_bytes_at_every_row_count() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_in", "num_out", "activation"),
+    [*SHAPES[::4], (100, 300, "gelu")],  # what goes into the cache; no whole vector registers
+)
+def test_one_thread_alone_gives_a_row_the_same_bytes_too(
+    num_in: int, num_out: int, activation: Activation | None, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    head = Head(torch.randn(1031, 768), 1031)
-    hidden = torch.randn(256, 768)
-    together = head(hidden)
+    packed, _, _ = make_linear(num_in, num_out, dtype, activation)
+    x = torch.randn(BUDGET, num_in).to(dtype)
 
-    different = [n for n in range(1, 256) if not torch.equal(head(hidden[:n]), together[:n])]
+    assert differing_counts(packed, x, range(1, BUDGET)) == []
 
-    assert different == []
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("num_in", "vocab_size"), [(768, 50257), (256, 2048)])
+def test_head_gives_a_row_the_same_bytes_at_every_row_count(num_in: int, vocab_size: int) -> None:
+    torch.manual_seed(0)
+    head = Head(torch.randn(vocab_size, num_in) * 0.02, vocab_size)
+    hidden = torch.randn(BUDGET, num_in)
+    # A step asks for a row a sequence; more, as scoring might, are sampled: the whole of it would
+    # take a minute.
+    most = EngineConfig().max_num_sequences
+    counts = [*range(1, most + 1), *range(most + 1, BUDGET, 31)]
+
+    assert differing_counts(head, hidden, counts) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

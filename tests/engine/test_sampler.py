@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.sampler import SampledTokens, sample, token_logprobs
 from engine.sampling_params import SamplingParams
 from engine.sampling_row import SamplingRow
-from tests.engine.plain_sampler import sample_plainly
+from tests.engine.plain_sampler import edit, sample_plainly
 
 VOCAB_SIZES = [95, 257, 2048, 8193, 50257]
 EOS = 3
@@ -279,6 +279,10 @@ def test_token_is_the_one_the_plain_reference_draws(
         {"min_p": 0.1, "temperature": 1.5},
         {"typical_p": 0.6},
         {"top_k": 20, "top_p": 0.9, "temperature": 1.3},
+        {"top_p": 0.9, "min_p": 0.05},
+        {"typical_p": 0.8, "min_p": 0.02, "temperature": 0.8},
+        {"top_k": 30, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.9, "temperature": 1.2},
+        {"top_k": 25, "typical_p": 0.9, "frequency_penalty": 0.8, "logit_bias": {9: 2.0, 30: 5.0}},
         {
             "presence_penalty": 1.0,
             "frequency_penalty": -0.5,
@@ -297,13 +301,42 @@ def test_tokens_are_distributed_as_the_reference_says(options: dict[str, Any]) -
 
     drawn = sample(logits.expand(num_draws, -1), rows).token_ids
 
-    expected = (
-        num_draws
-        * sample_plainly(
-            logits[0].numpy(), rows[0].params, [1, 2, 2, 9], [9, 9, 11], [EOS]
-        ).probabilities
-    )
-    counts = np.bincount(drawn.numpy(), minlength=95)
+    plain = sample_plainly(logits[0].numpy(), rows[0].params, [1, 2, 2, 9], [9, 9, 11], [EOS])
+    assert plain.is_clear
+    check_distribution(drawn, plain.probabilities)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_p": 0.9, "min_p": 1e-4}, {"top_k": 50, "temperature": 0.7}], ids=str
+)
+@pytest.mark.parametrize("axis", ["seed", "choice", "position"])
+def test_each_part_of_the_key_alone_gives_that_distribution(
+    axis: str, options: dict[str, Any]
+) -> None:
+    """Over a vocabulary of many chunks; other seeds, siblings, or the tokens of one completion."""
+    num_draws = 4000
+    logits = make_logits(1, 2048, seed=4)
+    rows = [
+        make_row(
+            i if axis == "seed" else 7,
+            choice=i if axis == "choice" else 0,
+            completion_ids=[1] * (i if axis == "position" else 3),
+            **options,
+        )
+        for i in range(num_draws)
+    ]
+
+    drawn = sample(logits.expand(num_draws, -1), rows).token_ids
+
+    plain = sample_plainly(logits[0].numpy(), rows[0].params, [1, 2, 2, 9], [9, 9, 11], [EOS])
+    assert plain.is_clear
+    check_distribution(drawn, plain.probabilities)
+
+
+def check_distribution(drawn: Tensor, probabilities: np.ndarray) -> None:
+    """Chi-square lies within 4.5 deviations of its mean; seeds are fixed: chance had one go."""
+    expected = len(drawn) * probabilities
+    counts = np.bincount(drawn.numpy(), minlength=len(expected))
     assert counts[expected == 0].sum() == 0
     # Chi-square over tokens expected ten times or more; the others share a bin.
     common = expected >= 10
@@ -313,6 +346,41 @@ def test_tokens_are_distributed_as_the_reference_says(options: dict[str, Any]) -
     chi_square = ((observed - hoped) ** 2 / hoped).sum()
     degrees = max(len(hoped) - 1, 1)
     assert chi_square < degrees + 4.5 * math.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.7},
+        {"frequency_penalty": -0.7},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.6},
+        {"logit_bias": {9: -2.5}},
+        {
+            "presence_penalty": -0.3,
+            "frequency_penalty": 0.4,
+            "repetition_penalty": 1.1,
+            "logit_bias": {9: 1.25},
+        },
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("logit", [-90.0, 3.0])
+def test_penalties_move_a_logit_as_far_as_the_reference_says(
+    logit: float, options: dict[str, Any]
+) -> None:
+    # Token 9 stands in the prompt once and in the completion twice; token 30 nowhere.
+    logits = torch.full((2, 95), -500.0)
+    logits[:, 9] = logit
+    row = make_row(temperature=0, **options)
+    moved = edit(logits[0].numpy(), row.params, [1, 2, 2, 9], [9, 9, 11], [EOS])[9]
+    logits[:, 30] = torch.tensor([moved + 1e-3, moved - 1e-3])
+
+    sampled = sample(logits, [row, row])
+
+    assert moved != logit
+    assert sampled.token_ids.tolist() == [30, 9]
 
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)

@@ -121,7 +121,8 @@ def test_openapi_asks_for_a_key_where_the_server_does(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/health/live", "/health/ready", "/metrics", "/version", "/v1/models", "/docs"]
+    "path",
+    ["/health/live", "/health/ready", "/metrics", "/version", "/v1/models", "/docs", "/dashboard"],
 )
 def test_head_is_get_without_the_body(serve: Serve, path: str) -> None:
     with serve() as (client, service):
@@ -145,13 +146,27 @@ def test_head_is_refused_where_get_is(serve: Serve) -> None:
     assert (put.status_code, put.headers["allow"]) == (405, "GET, HEAD")
 
 
-def test_the_docs_page_loads_nothing_from_elsewhere(serve: Serve) -> None:
+@pytest.mark.parametrize("path", ["/docs", "/dashboard"])
+def test_pages_load_nothing_from_elsewhere(serve: Serve, path: str) -> None:
     with serve() as (client, _):
-        page = client.get("/docs")
+        page = client.get(path)
 
     assert page.headers["content-type"].startswith("text/html")
-    for file in PAGES.glob("*.html"):
-        assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", file.read_text("utf-8"))
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//|@import|url\(", page.text)
+    assert {file.name for file in PAGES.iterdir()} == {"docs.html", "dashboard.html"}
+
+
+def test_the_dashboard_shows_metrics_that_there_are(serve: Serve) -> None:
+    with serve() as (client, _):
+        page = client.get("/dashboard").text
+        complete = {"model": "tiny", "prompt": "a", "max_tokens": 2}
+        client.post("/v1/completions", json=complete)
+        metrics = client.get("/metrics").text
+
+    names = set(re.findall(r"kvik_\w+", page))
+    assert len(names) > 10
+    for name in names:
+        assert re.search(rf"^{name}(?:_count)?[{{ ]", metrics, re.M), name
 
 
 def test_the_ring_forgets_the_oldest_request(serve: Serve) -> None:
