@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Check and time the GPU path: benchmarks/gpu.sh [FOLDER]; the report is FOLDER/gpu.md. Needs an
-# NVIDIA GPU, Python 3.11 to 3.13, torch, triton, numpy, numba, rich and msgspec, and no network:
-# what is missing may lie as wheels in ./wheels (on a machine with torch alone: msgspec at least).
-# Under ten minutes: the report gets eight, the tests get what is left of them.
+# Check and time the GPU path: benchmarks/gpu.sh [FOLDER]; the report is FOLDER/gpu.md.
+# Needs an NVIDIA GPU and no network: Python 3.11 to 3.13 with torch, triton, numpy, numba, rich and
+# msgspec. What is missing may lie as wheels in ./wheels; a machine made for torch mostly lacks
+# msgspec alone. Under ten minutes: the report gets eight, the tests get what is left of them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-gpu-report}}
@@ -13,6 +13,12 @@ if compgen -G 'wheels/*.whl' > /dev/null; then
     "$python" -m pip install --quiet --no-index --no-deps --target "$site" wheels/*.whl || exit 1
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
+"$python" -c '
+import importlib.util, sys
+needed = ("torch", "triton", "numpy", "numba", "rich", "msgspec")
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+sys.exit("not importable: " + ", ".join(missing) + "; put wheels into wheels/" if missing else 0)
+' || exit 1
 unset TRITON_INTERPRET
 export PYTHONUNBUFFERED=1
 timeout 480 "$python" -m benchmarks.gpu --device cuda --out "$out" --limit-seconds 400

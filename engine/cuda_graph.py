@@ -130,7 +130,7 @@ class DecodeStep:
         With BY_HOST the result is logits (num_rows, V) float32, the slots wait for `feed`.
         """
         slots = self._slots[:num_rows]
-        tokens, positions, seeds, choices, top_k = self._integers[:, slots].unbind()
+        tokens, positions, seeds, choices, top_k = self._integers.index_select(1, slots).unbind()
         block_size = self.cache.block_size
         batch = ModelInput(
             tokens=tokens,
@@ -146,7 +146,7 @@ class DecodeStep:
             return logits
         drawn, best = lowest_argmax(logits)
         if sampling != Sampling.GREEDY:
-            temperature, top_p, min_p = self._shares[:, slots].unbind()
+            temperature, top_p, min_p = self._shares.index_select(1, slots).unbind()
             is_greedy = temperature == 0
             temperature = temperature.clamp(min=_COLDEST)
             if sampling == Sampling.FILTERED:
