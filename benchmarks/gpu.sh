@@ -24,8 +24,8 @@ export PYTHONUNBUFFERED=1
 timeout 480 "$python" -m benchmarks.gpu --device cuda --out "$out" --limit-seconds 400
 status=$?
 # The same tests that CI runs in the interpreter, and those that need a device.
-timeout 100 "$python" -m pytest -q -p no:cacheprovider -W default tests/engine/test_attention_triton.py \
-    tests/engine/test_block_triton.py tests/engine/test_cuda_graph.py > "$out/tests.txt" 2>&1 \
+timeout 90 "$python" -m pytest -q -p no:cacheprovider -W default tests/engine/test_attention_triton.py \
+    tests/engine/test_block_triton.py tests/engine/test_draw_triton.py tests/engine/test_cuda_graph.py > "$out/tests.txt" 2>&1 \
     || status=1
 tail -n 5 "$out/tests.txt"
 exit "$status"
