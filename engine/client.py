@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from engine.config import LaunchConfig
+from engine.config import THREADS_ENVIRONMENT, LaunchConfig
 from engine.errors import EngineDied, EngineError, EngineStopped, StartRefused
 from engine.flight_recorder import FlightRecorder
 from engine.messages import (
@@ -544,6 +544,4 @@ def _worker_environment() -> dict[str, str]:
     # glibc returns large blocks to the kernel when freed, and logits are large and come every
     # step: faulting their pages in again would cost more than computing them.
     malloc = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-    # torch and numba have a pool of threads each. Threads that wait by spinning keep the other
-    # pool's, and the server, from the cores: on two busy cores that made decoding 70 times slower.
-    return {"OMP_WAIT_POLICY": "PASSIVE", **malloc, **os.environ}
+    return {**malloc, **THREADS_ENVIRONMENT, **os.environ}

@@ -44,12 +44,13 @@ class Engine:
         attention: AttentionFactory | None = None,
         use_triton: bool | None = None,
         decode_step: DecodeStepFactory | None = None,
+        quantizes: bool = False,
     ) -> None:
         """Take over a model in evaluation mode and allocate its cache.
 
         `vocab_size` is the tokenizer's: ids from there on are padding. `weights_id` keys the
-        prefix cache. What follows it is chosen by the device where it is None. Raises
-        CacheTooSmall if `num_blocks` hold less than one context.
+        prefix cache; `quantizes` asks for weights of 8 bits. What may be None is then chosen by
+        the device. Raises CacheTooSmall if `num_blocks` hold less than one context.
         """
         self.n_ctx = model.config.n_ctx
         self.vocab_size = vocab_size
@@ -85,6 +86,7 @@ class Engine:
             attention=attention,
             use_triton=use_triton,
             decode_step=decode_step,
+            quantizes=quantizes,
         )
         self._ahead: Launched | None = None  # a step started before the last one was collected
         self._next_seq_id = 0  # for `generate`

@@ -1,14 +1,20 @@
 """Matrix products as the engine runs them: weights packed once at load, where that pays.
 
-On a CPU, oneDNN reads weights fastest in a layout of its own choosing, and `F.linear` would
-rearrange them for every product. A packed product also gives a row the same bytes however many
-rows come with it, which `F.linear` does not (`tests/engine/test_linear.py` looks at every count).
+On a CPU with AVX-512, whole blocks are put together of our own kernels (`linear_avx512.py`).
+Without, oneDNN takes the weights, packed in a layout of its own choosing, which `F.linear` would
+rearrange for every product. Both give a row the same bytes however many rows come with it, which
+`F.linear` does not (`tests/engine/test_linear.py` looks at every count).
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import linear_avx512
+from engine.linear_avx512 import FusedLinear, has_avx512
+from model.attention import Attend
 from model.config import Activation
 from model.gpt import ACTIVATIONS, GPT, Block
 
@@ -29,6 +35,14 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
+
+
+def can_fuse(device: torch.device, dtype: torch.dtype, *, quantizes: bool = False) -> bool:
+    """Whether this machine has our own kernels for a dtype, with weights of 8 bits if asked for."""
+    kinds = {torch.float32: linear_avx512.FLOAT32, torch.bfloat16: linear_avx512.BFLOAT16}
+    if device.type != "cpu" or dtype not in kinds:
+        return False
+    return has_avx512(linear_avx512.INT8 if quantizes else kinds[dtype])
 
 
 class PackedLinear(nn.Module):
@@ -70,33 +84,87 @@ class PackedMLP(nn.Module):
         return y
 
 
-class Head(nn.Module):
-    """The tied output head: hidden states to float32 logits, in any dtype of the model."""
+class FusedBlock(nn.Module):
+    """A `Block` in four fused products, with attention between the first and the second."""
 
-    def __init__(self, weight: Tensor, vocab_size: int) -> None:
+    def __init__(self, block: Block, activation: Activation, *, quantizes: bool) -> None:
+        """Pack the block's weights; the caller may drop its own copy."""
+        super().__init__()
+        attn, mlp = block.attn, block.mlp
+        self._layer, self._n_head = attn.layer, attn.n_head
+
+        def fuse(linear: nn.Linear, **options: Any) -> FusedLinear:
+            return FusedLinear(linear.weight, linear.bias, quantizes=quantizes, **options)
+
+        self.c_attn = fuse(attn.c_attn, norm=block.ln_1)
+        self.attn_c_proj = fuse(attn.c_proj)
+        self.c_fc = fuse(mlp.c_fc, norm=block.ln_2, activation=activation)
+        self.mlp_c_proj = fuse(mlp.c_proj)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """Map x (N, C) to (N, C)."""
+        q, k, v = self.c_attn(x).view(len(x), 3, self._n_head, -1).unbind(1)
+        x = self.attn_c_proj(attend(self._layer, q, k, v).flatten(-2), residual=x)
+        y: Tensor = self.mlp_c_proj(self.c_fc(x), residual=x)
+        return y
+
+
+class Head(nn.Module):
+    """The tied output head: hidden states to float32 logits, in any precision of the model.
+
+    It takes the last LayerNorm along, which only rows need whose logits are wanted.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        vocab_size: int,
+        *,
+        norm: nn.LayerNorm | None = None,
+        quantizes: bool = False,
+    ) -> None:
         """Take the embedding's rows below `vocab_size`; those above are padding."""
         super().__init__()
-        # float32 also in a bfloat16 model: its products would come out in steps of half a unit.
-        weight = weight.detach()[:vocab_size].float()
+        self._norm: nn.LayerNorm | None = None
+        weight = weight.detach()[:vocab_size]
+        self._dtype = weight.dtype
+        self._product: nn.Module | None = None
+        self._weight: Tensor | None = None
+        if can_fuse(weight.device, weight.dtype, quantizes=quantizes):
+            self._product = FusedLinear(weight, norm=norm, quantizes=quantizes, is_head=True)
+            return
+        self._norm = norm
+        # Others round their products to the precision of the model, which is too coarse for logits.
+        self._dtype = torch.float32
         if can_pack(weight.device, torch.float32):
-            self._packed: PackedLinear | None = PackedLinear(weight, None)
-            self._weight: Tensor | None = None
+            self._product = PackedLinear(weight.float(), None)
         else:
-            self._packed, self._weight = None, weight
+            self._weight = weight.float()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden (R, C) to logits (R, vocab_size) in float32."""
-        hidden = hidden.float()
-        if self._packed is not None:
-            logits: Tensor = self._packed(hidden)
-            return logits
-        assert self._weight is not None
-        return F.linear(hidden, self._weight)
+        if self._norm is not None:
+            hidden = self._norm(hidden)
+        hidden = hidden.to(self._dtype)
+        if self._weight is not None:
+            return F.linear(hidden, self._weight)
+        assert self._product is not None
+        logits: Tensor = self._product(hidden)
+        return logits
 
 
-def pack(model: GPT) -> None:
-    """Replace a GPT's projections by packed ones, in place, where this machine has them."""
+def pack(model: GPT, *, quantizes: bool = False) -> None:
+    """Replace a GPT's blocks, or their projections, in place by what this machine has for them.
+
+    Weights of 8 bits (`quantizes`) want `can_fuse`.
+    """
     weight = model.wte.weight
+    if can_fuse(weight.device, weight.dtype, quantizes=quantizes):
+        for layer, block in enumerate(model.h):
+            assert isinstance(block, Block)
+            model.h[layer] = FusedBlock(block, model.config.activation, quantizes=quantizes)
+        return
+    assert not quantizes, "loading refuses weights of 8 bits here"
     if not can_pack(weight.device, weight.dtype):
         return
     for block in model.h:

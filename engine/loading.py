@@ -11,7 +11,7 @@ import torch
 from engine.config import LaunchConfig
 from engine.engine import Engine
 from engine.errors import DoesNotFit, StartRefused
-from engine.linear import can_pack
+from engine.linear import can_fuse, can_pack
 from engine.memory import plan_memory
 from engine.messages import Ready
 from model.vocabulary import TokenizerError
@@ -55,6 +55,7 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
             vocab_size=_known_ids(layout),
             eos_token_ids=layout.eos_token_ids,
             weights_id=bytes.fromhex(digest),
+            quantizes=config.dtype == "int8",
         )
     except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors are RuntimeErrors
         raise DoesNotFit(
@@ -65,7 +66,7 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
     ready = Ready(
         pid=os.getpid(),
         device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype="int8" if config.dtype == "int8" else str(dtype).removeprefix("torch."),
         n_ctx=engine.n_ctx,
         vocab_size=engine.vocab_size,
         num_blocks=plan.num_blocks,
@@ -118,12 +119,23 @@ def _choose_device(name: str) -> torch.device:
 
 
 def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision to compute in; `auto` is bfloat16 where the processor has it."""
+    """The precision to compute in; `auto` is bfloat16 where the processor has it.
+
+    int8 is the weights' alone: between the products and in the cache it is bfloat16.
+    """
+    if name == "int8":
+        if not can_fuse(device, torch.bfloat16, quantizes=True):
+            raise StartRefused(
+                reason="dtype int8 needs a CPU with AVX-512 VNNI, which is not here; use --dtype "
+                "auto."
+            )
+        return torch.bfloat16
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if can_pack(device, torch.bfloat16) else torch.float32
+    has_bfloat16 = can_fuse(device, torch.bfloat16) or can_pack(device, torch.bfloat16)
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def _available_bytes(device: torch.device) -> int:

@@ -24,7 +24,7 @@ from engine.cuda_graph import (
 )
 from engine.draw import draw as draw_by_definition
 from engine.kv_cache import KVCache
-from engine.linear import Head, pack
+from engine.linear import FusedBlock, Head, pack
 from engine.messages import TopLogprobs
 from engine.sampler import sample, token_logprobs
 from engine.sampling_row import SamplingRow
@@ -75,11 +75,13 @@ class ModelRunner:
         attention: AttentionFactory | None = None,
         use_triton: bool | None = None,
         decode_step: DecodeStepFactory | None = None,
+        quantizes: bool = False,
     ) -> None:
         """Take over a model, whose layers are replaced in place where that pays.
 
         `use_triton`, for the kernels of a GPU, and `decode_step`, for decoding from what lies on
-        the device, are what CUDA is for; None leaves them to the device.
+        the device, are what CUDA is for; None leaves them to the device. With `quantizes`
+        the products on a CPU have weights of 8 bits.
         """
         on_cuda = model.wte.weight.device.type == "cuda"
         if use_triton is None:
@@ -94,8 +96,9 @@ class ModelRunner:
             self._head: nn.Module = fuse(model, vocab_size)
             attention = attention or TritonPagedAttention
         else:
-            self._head = Head(model.wte.weight, vocab_size)
-            pack(model)
+            self._head = Head(model.wte.weight, vocab_size, norm=model.ln_f, quantizes=quantizes)
+            setattr(model, "ln_f", nn.Identity())  # noqa: B010  it is the head's now
+            pack(model, quantizes=quantizes)
         self._model = model
         self._cache = cache
         self._builder = builder
@@ -188,9 +191,12 @@ class ModelRunner:
         x = torch.randn(_PROBED_COUNTS[-1], weight.shape[1], generator=generator)
         x = x.to(weight.device, weight.dtype)
         block: Any = self._model.h[0]
+        products: tuple[Any, ...]
         if isinstance(block, Block):
             products = (block.attn.c_attn, block.attn.c_proj, block.mlp, self._head)
-        else:  # a fused one
+        elif isinstance(block, FusedBlock):
+            products = (block.c_attn, block.attn_c_proj, block.c_fc, self._head)
+        else:  # a GPU's
             products = (*block.products, self._head)
         return all(
             torch.equal(product(x)[:count], product(x[:count]))

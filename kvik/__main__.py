@@ -7,8 +7,10 @@ from kvik.command_line import app
 
 def main() -> None:
     """Run the command line."""
-    # Before torch is imported; why, `_worker_environment` in engine/client.py tells.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from engine.config import THREADS_ENVIRONMENT
+
+    for name, value in THREADS_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     app()
 
 

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from kvik.options import STORYTELLER, DeviceOption, DtypeOption, ModelOption
+from kvik.options import STORYTELLER, DeviceOption, ModelOption
 from kvik.terminal import console, fail, printable, without_markup
 
 
@@ -32,7 +32,9 @@ def score(
     file: Annotated[Path, typer.Argument(help="A text file, UTF-8.")],
     model: ModelOption = str(STORYTELLER),
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    dtype: Annotated[
+        str, typer.Option(envvar="KVIK_DTYPE", help="auto, float32 or bfloat16.")
+    ] = "auto",
 ) -> None:
     """Show how well a model predicts a text: loss, perplexity, bits per byte."""
     import torch

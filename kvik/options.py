@@ -18,4 +18,6 @@ ModelOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(envvar="KVIK_DEVICE", help="auto, cpu, cuda or cuda:N.")]
-DtypeOption = Annotated[str, typer.Option(envvar="KVIK_DTYPE", help="auto, float32 or bfloat16.")]
+DtypeOption = Annotated[
+    str, typer.Option(envvar="KVIK_DTYPE", help="auto, float32, bfloat16 or int8.")
+]

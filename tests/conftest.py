@@ -1,7 +1,8 @@
 import os
 
-# Before torch is imported: threads that spin while they wait take the cores from each other.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from engine.config import THREADS_ENVIRONMENT
+
+os.environ.update({**THREADS_ENVIRONMENT, **os.environ})  # before torch is imported
 
 from pathlib import Path
 
