@@ -68,6 +68,10 @@ class BlockManager:
         """The blocks of a sequence in order: the manager's own list, to be read only."""
         return self._tables[seq_id]
 
+    def holds(self, seq_id: int) -> bool:
+        """Whether a sequence has a table."""
+        return seq_id in self._tables
+
     def allocate(
         self, seq_id: int, num_tokens: int, *, prefix: list[int] | None = None, reserve: int = 0
     ) -> bool:

@@ -12,11 +12,12 @@ import torch
 from engine.batch import BatchBuilder
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
+from engine.cuda_graph import AttentionFactory, DecodeStepFactory
 from engine.errors import DoesNotFit
 from engine.flight_recorder import FlightRecorder
 from engine.kv_cache import KVCache
 from engine.messages import Abort, Choice, StepOutput, StepStats, Submit, TokenOutput
-from engine.model_runner import AttentionFactory, ModelRunner, StepResult
+from engine.model_runner import Launched, ModelRunner, StepResult
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Outcome, ScheduledBatch, Scheduler
 from engine.sequence import Sequence
@@ -41,13 +42,15 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         weights_id: bytes = b"",
         attention: AttentionFactory | None = None,
+        use_triton: bool | None = None,
+        decode_step: DecodeStepFactory | None = None,
         quantizes: bool = False,
     ) -> None:
         """Take over a model in evaluation mode and allocate its cache.
 
         `vocab_size` is the tokenizer's: ids from there on are padding. `weights_id` keys the
-        prefix cache; `quantizes` asks for weights of 8 bits. Raises CacheTooSmall if `num_blocks`
-        hold less than one context.
+        prefix cache; `quantizes` asks for weights of 8 bits. What may be None is then chosen by
+        the device. Raises CacheTooSmall if `num_blocks` hold less than one context.
         """
         self.n_ctx = model.config.n_ctx
         self.vocab_size = vocab_size
@@ -79,9 +82,13 @@ class Engine:
             ),
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
+            max_num_sequences=config.max_num_sequences,
             attention=attention,
+            use_triton=use_triton,
+            decode_step=decode_step,
             quantizes=quantizes,
         )
+        self._ahead: Launched | None = None  # a step started before the last one was collected
         self._next_seq_id = 0  # for `generate`
         self.last_step_at = time.monotonic()  # when the last step ended
         self.kernel_seconds = 0.0  # of the last step, in model, head and sampler
@@ -89,7 +96,7 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do until a request comes."""
-        return self._scheduler.is_idle
+        return self._scheduler.is_idle and self._ahead is None
 
     @property
     def seconds_since_last_step(self) -> float:
@@ -127,7 +134,8 @@ class Engine:
         the memory is too small for it, its youngest sequence fails, and the next step is the same
         without it.
         """
-        batch = self._scheduler.schedule()
+        step, self._ahead = self._ahead, None
+        batch = self._scheduler.schedule() if step is None else step.batch
         if not batch.sequences:
             return None
         if recorder is not None:
@@ -135,13 +143,18 @@ class Engine:
         now = time.monotonic()
         for sequence in batch.sequences[len(batch.sequences) - batch.num_admitted :]:
             sequence.scheduled_at = sequence.scheduled_at or now  # the first time counts
+        following: ScheduledBatch | None = None
         try:
-            result = self._runner.execute(batch)
+            step = step or self._runner.launch(batch)
+            if step.feeds_itself and (following := self._scheduler.schedule_ahead()) is not None:
+                # Before anything waits: the device goes from one step to the next.
+                self._ahead = self._runner.launch(following)
+            result = step.collect()
         except torch.OutOfMemoryError:
-            self._scheduler.fail(batch)
+            self._take_back(batch, following)
             output = self._give_up_youngest(batch)
         except BaseException:
-            self._scheduler.fail(batch)
+            self._take_back(batch, following)
             raise
         else:
             outcomes = self._scheduler.update(batch, result.draws, result.failed_rows)
@@ -150,6 +163,8 @@ class Engine:
         self.last_step_at = time.monotonic()
         if recorder is not None:
             recorder.end_step()
+            if following is not None and self._ahead is not None:
+                recorder.start_step([sequence.seq_id for sequence in following.sequences])
         return output
 
     def generate(
@@ -183,6 +198,13 @@ class Engine:
                     "Beside the weights and the KV cache the device has no memory left for a step "
                     "of two tokens: lower kv_cache_bytes or num_blocks, or free memory."
                 )
+        try:
+            self._runner.warm_up()
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(
+                "Beside the weights and the KV cache the device has no memory left for the graphs "
+                "of decoding: lower kv_cache_bytes, num_blocks or max_num_sequences."
+            ) from error
 
     def is_batch_invariant(self) -> bool:
         """Whether a row comes out in the same bytes however many come with it, as measured now."""
@@ -191,6 +213,13 @@ class Engine:
     def counts(self) -> StepOutput:
         """The counts alone: an abort changed them, and no step will tell."""
         return StepOutput(outputs=[], stats=self._stats(0))
+
+    def _take_back(self, batch: ScheduledBatch, following: ScheduledBatch | None) -> None:
+        """Undo a step that failed, and the one behind it."""
+        self._ahead = None
+        if following is not None:
+            self._scheduler.fail(following)
+        self._scheduler.fail(batch)
 
     def _give_up_youngest(self, batch: ScheduledBatch) -> StepOutput:
         """Fail one sequence of a step that did not fit into the memory; the others know nothing."""

@@ -1,9 +1,11 @@
 """A scheduled batch in, draws out: the one place where a step touches the model."""
 
+import importlib.util
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,16 @@ from torch import Tensor, nn
 
 from engine.attention import PagedAttention
 from engine.attention_cpu import CPUPagedAttention
-from engine.batch import BatchBuilder, ModelInput
+from engine.batch import BatchBuilder
+from engine.cuda_graph import (
+    NOT_FINITE,
+    AttentionFactory,
+    DecodeLoop,
+    DecodeStep,
+    DecodeStepFactory,
+    Draw,
+)
+from engine.draw import draw as draw_by_definition
 from engine.kv_cache import KVCache
 from engine.linear import FusedBlock, Head, pack
 from engine.messages import TopLogprobs
@@ -19,11 +30,7 @@ from engine.sampler import sample, token_logprobs
 from engine.sampling_row import SamplingRow
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
-from model.attention import Attend
-from model.config import GPTConfig
 from model.gpt import GPT, Block
-
-AttentionFactory = Callable[[GPTConfig, KVCache, ModelInput], Attend]
 
 _LOGPROB_ROWS = 32  # prompt positions whose logits are held at a time
 _PROBED_COUNTS = (1, 2, 3, 7, 16, 33, 64)  # of rows
@@ -37,7 +44,16 @@ class StepResult:
     failed_rows: list[int] = field(default_factory=list)  # logits not finite
     logprobs: dict[int, TopLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TopLogprobs]] = field(default_factory=dict)
-    kernel_seconds: float = 0.0  # in model, head and sampler
+    kernel_seconds: float = 0.0  # in model, head and sampler, or waiting for them
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step that was started, and may be running still."""
+
+    batch: ScheduledBatch
+    collect: Callable[[], StepResult]  # waits for it
+    feeds_itself: bool  # the next may be started before this one is collected
 
 
 class ModelRunner:
@@ -55,16 +71,34 @@ class ModelRunner:
         *,
         vocab_size: int,
         eos_token_ids: tuple[int, ...],
+        max_num_sequences: int,
         attention: AttentionFactory | None = None,
+        use_triton: bool | None = None,
+        decode_step: DecodeStepFactory | None = None,
         quantizes: bool = False,
     ) -> None:
-        """Take over a model, whose blocks are packed in place where that pays.
+        """Take over a model, whose layers are replaced in place where that pays.
 
-        With `quantizes` its products have weights of 8 bits.
+        `use_triton`, for the kernels of a GPU, and `decode_step`, for decoding from what lies on
+        the device, are what CUDA is for; None leaves them to the device. With `quantizes`
+        the products on a CPU have weights of 8 bits.
         """
-        self._head = Head(model.wte.weight, vocab_size, norm=model.ln_f, quantizes=quantizes)
-        setattr(model, "ln_f", nn.Identity())  # noqa: B010  it is the head's now
-        pack(model, quantizes=quantizes)
+        on_cuda = model.wte.weight.device.type == "cuda"
+        if use_triton is None:
+            use_triton = on_cuda and importlib.util.find_spec("triton") is not None
+        draw: Draw = draw_by_definition
+        if use_triton:
+            from engine.attention_triton import TritonPagedAttention
+            from engine.block_triton import fuse
+            from engine.draw_triton import draw as draw_by_kernel
+
+            draw = draw_by_kernel
+            self._head: nn.Module = fuse(model, vocab_size)
+            attention = attention or TritonPagedAttention
+        else:
+            self._head = Head(model.wte.weight, vocab_size, norm=model.ln_f, quantizes=quantizes)
+            setattr(model, "ln_f", nn.Identity())  # noqa: B010  it is the head's now
+            pack(model, quantizes=quantizes)
         self._model = model
         self._cache = cache
         self._builder = builder
@@ -73,23 +107,81 @@ class ModelRunner:
             on_cpu = model.wte.weight.device.type == "cpu"
             attention = CPUPagedAttention if on_cpu else PagedAttention
         self._attention = attention
+        self._decode_loop: DecodeLoop | None = None
+        if on_cuda and decode_step is None:
+            decode_step = DecodeStep
+        if decode_step is not None:
+            step = decode_step(
+                model,
+                self._head,
+                cache,
+                attention,
+                max_num_sequences=max_num_sequences,
+                vocab_size=vocab_size,
+                draw=draw,
+            )
+            self._decode_loop = DecodeLoop(step, builder, max_num_sequences=max_num_sequences)
         self._sampling_rows: dict[int, SamplingRow] = {}  # by sequence
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> StepResult:
-        """Compute one step; raises what torch raises, after which the step may be taken back."""
+    def launch(self, batch: ScheduledBatch) -> "Launched":
+        """Start a step. Raises what torch raises, after which the step may be taken back."""
+        start = time.perf_counter()
         for seq_id in batch.released_seq_ids:
             self._sampling_rows.pop(seq_id, None)
         if batch.blocks_to_clear:
             self._cache.clear(batch.blocks_to_clear)
+        loop = self._decode_loop
+        if loop is not None:
+            loop.forget(batch.released_seq_ids)
+            if batch.is_decode:
+                return self._launch_decode(batch, loop, start)
         model_input = self._builder.build(batch)
         attend = self._attention(self._model.config, self._cache, model_input)
         start = time.perf_counter()
         hidden = self._model(model_input.tokens, model_input.positions, attend)  # (N, C)
-        result = self._draw(batch, hidden)
+        result = StepResult(draws=[])
+        if batch.sampled_rows:
+            ends = np.cumsum(batch.num_scheduled_tokens) - 1  # the last token of each row
+            last = torch.from_numpy(ends[batch.sampled_rows]).to(hidden.device)
+            result = self._draw(batch, self._head(hidden[last]))
         self._score_prompts(batch, hidden, result)
         result.kernel_seconds = time.perf_counter() - start
-        return result
+        return Launched(batch, lambda: result, feeds_itself=False)
+
+    def _launch_decode(self, batch: ScheduledBatch, loop: DecodeLoop, start: float) -> "Launched":
+        """Start a step in which every row is the next one of its completion."""
+        slots = self._builder.place(batch)
+        try:
+            found = loop.run(batch.sequences, slots, is_ahead=batch.is_ahead)
+            if loop.needs_host:
+                result = self._draw(batch, found)
+                loop.feed(torch.tensor(result.draws, device=found.device))
+                result.kernel_seconds = time.perf_counter() - start
+                return Launched(batch, lambda: result, feeds_itself=False)
+            read = loop.read(found)
+        except BaseException:
+            loop.forget()  # who knows how far it came
+            raise
+
+        def collect() -> StepResult:
+            waiting_since = time.perf_counter()
+            try:
+                draws = read()
+            except BaseException:
+                loop.forget()
+                raise
+            failed = [row for row, token_id in enumerate(draws) if token_id == NOT_FINITE]
+            seconds = time.perf_counter() - waiting_since
+            return StepResult(draws=draws, failed_rows=failed, kernel_seconds=seconds)
+
+        return Launched(batch, collect, feeds_itself=True)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Record what can be, so that no request waits for it."""
+        if self._decode_loop is not None:
+            self._decode_loop.capture_all()
 
     @torch.inference_mode()
     def is_batch_invariant(self) -> bool:
@@ -98,26 +190,24 @@ class ModelRunner:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(_PROBED_COUNTS[-1], weight.shape[1], generator=generator)
         x = x.to(weight.device, weight.dtype)
-        block = self._model.h[0]
+        block: Any = self._model.h[0]
+        products: tuple[Any, ...]
         if isinstance(block, Block):
-            products = [block.attn.c_attn, block.attn.c_proj, block.mlp, self._head]
-        else:
-            assert isinstance(block, FusedBlock)
-            products = [block.c_attn, block.attn_c_proj, block.c_fc, self._head]
+            products = (block.attn.c_attn, block.attn.c_proj, block.mlp, self._head)
+        elif isinstance(block, FusedBlock):
+            products = (block.c_attn, block.attn_c_proj, block.c_fc, self._head)
+        else:  # a GPU's
+            products = (*block.products, self._head)
         return all(
             torch.equal(product(x)[:count], product(x[:count]))
             for product in products
             for count in _PROBED_COUNTS
         )
 
-    def _draw(self, batch: ScheduledBatch, hidden: Tensor) -> StepResult:
-        """Choose a token for each of the rows that have caught up, from hidden states (N, C)."""
-        if not batch.sampled_rows:
-            return StepResult(draws=[])
-        ends = np.cumsum(batch.num_scheduled_tokens) - 1  # the last token of each row
-        last = torch.from_numpy(ends[batch.sampled_rows]).to(hidden.device)
+    def _draw(self, batch: ScheduledBatch, logits: Tensor) -> StepResult:
+        """Choose a token for each of the rows that have caught up, from their logits (R, V)."""
         rows = [self._sampling_row(batch.sequences[row]) for row in batch.sampled_rows]
-        sampled = sample(self._head(hidden[last]), rows)
+        sampled = sample(logits, rows)
         result = StepResult(draws=sampled.token_ids.tolist())
         for row, is_finite in zip(batch.sampled_rows, sampled.is_finite.tolist(), strict=True):
             if not is_finite:

@@ -31,6 +31,7 @@ class ScheduledBatch:
     sequences: list[Sequence] = field(default_factory=list)
     num_scheduled_tokens: list[int] = field(default_factory=list)
     sampled_rows: list[int] = field(default_factory=list)  # the rows that yield a draw, ascending
+    is_ahead: bool = False  # of the draws that its tokens are: each row begins a token further
     num_admitted: int = 0  # the last so many rows were waiting before this step
     published_blocks: list[int] = field(default_factory=list)  # shareable if the step succeeds
     # For the machine, before the step and in this order. Both also name what a failed step had
@@ -42,6 +43,16 @@ class ScheduledBatch:
     def num_tokens(self) -> int:
         """Tokens of all rows."""
         return sum(self.num_scheduled_tokens)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row is one token of a completion, and yields the next."""
+        if self.is_ahead:
+            return True
+        return len(self.sampled_rows) == self.num_tokens and all(
+            sequence.num_computed_tokens >= sequence.num_prompt_tokens
+            for sequence in self.sequences
+        )
 
 
 class Outcome(NamedTuple):
@@ -79,7 +90,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._requests: dict[str, dict[int, Sequence]] = {}  # unfinished, by request and choice
-        self._in_flight: ScheduledBatch | None = None
+        self._in_flight: list[ScheduledBatch] = []  # at most two, in order
         self._released_seq_ids: list[int] = []
         self._blocks_to_clear: list[int] = []
         self.num_preemptions = 0  # since the start, as are the two below
@@ -125,7 +136,7 @@ class Scheduler:
         sequences = [s for s in choices.values() if choice is None or s.choice == choice]
         for sequence in sequences:
             self._end(sequence, "abort")
-        if self._in_flight is None:
+        if not self._in_flight:
             self._release_finished()
         return len(sequences)
 
@@ -141,7 +152,7 @@ class Scheduler:
         with the same prefix (its siblings first of all) finds it published when admitted: a
         prompt is never computed twice at a time, and this needs no code.
         """
-        assert self._in_flight is None, "one step at a time"
+        assert not self._in_flight, "one step at a time, but for `schedule_ahead`"
         batch = ScheduledBatch()
         num_preempted = self._grow_running()
         budget = self._config.max_num_scheduled_tokens - len(self._running)
@@ -155,7 +166,40 @@ class Scheduler:
             self._blocks_to_clear += self._block_manager.take_blocks_to_clear()
             batch.released_seq_ids = self._released_seq_ids
             batch.blocks_to_clear = self._blocks_to_clear
-            self._in_flight = batch
+            self._in_flight.append(batch)
+        return batch
+
+    def schedule_ahead(self) -> ScheduledBatch | None:
+        """Choose the step after the one in flight, whose draws are still to come, if it can be.
+
+        For a machine that knows them first and runs its steps in order: the same rows, each a
+        token further, but for those that end at their limit. None where others should come in, or
+        room is short. A row whose sequence turns out to have ended means nothing: its blocks may
+        by then be another's, who writes them in a later step, before reading.
+        """
+        (current,) = self._in_flight
+        # A block of a completion that may have ended already must not be shared.
+        if self._config.share_completion_blocks or not current.is_decode:
+            return None
+        if self._waiting and len(self._running) < self._config.max_num_sequences:
+            return None
+        sequences = [
+            sequence
+            for sequence in current.sequences
+            if not sequence.is_finished and sequence.num_tokens + 1 < sequence.max_num_tokens
+        ]
+        for sequence in sequences:
+            if not self._block_manager.allocate(sequence.seq_id, sequence.num_tokens + 1):
+                return None
+        unclean = self._block_manager.take_blocks_to_clear()
+        self._blocks_to_clear = (
+            self._blocks_to_clear + unclean
+        )  # a new list: the batch has this one
+        if not sequences or unclean:
+            return None
+        num_rows = len(sequences)
+        batch = ScheduledBatch(sequences, [1] * num_rows, list(range(num_rows)), is_ahead=True)
+        self._in_flight.append(batch)
         return batch
 
     def update(
@@ -169,10 +213,12 @@ class Scheduler:
         shared them within this very step has read them, and fails with them. Returns what there
         is to tell, in no order; of sequences aborted meanwhile there is nothing.
         """
-        assert batch is self._in_flight, "the batch of the last schedule()"
+        assert batch is self._in_flight[0], "steps end in order"
         outcomes: list[Outcome] = []
         for row in failed_rows:
             sequence = batch.sequences[row]
+            if batch.is_ahead and not self._block_manager.holds(sequence.seq_id):
+                continue  # it ended before: there is nothing left to withdraw
             self._block_manager.withdraw(self._block_manager.block_table(sequence.seq_id))
             if not sequence.is_finished:
                 self._finish(sequence, "error")
@@ -188,9 +234,9 @@ class Scheduler:
             if not sequence.is_finished:
                 self._append(sequence, token_id)
                 outcomes.append(Outcome(row, sequence, token_id))
-        self._in_flight = None
-        self._released_seq_ids = []
-        self._blocks_to_clear = []
+        del self._in_flight[0]
+        self._released_seq_ids = self._released_seq_ids[len(batch.released_seq_ids) :]
+        self._blocks_to_clear = self._blocks_to_clear[len(batch.blocks_to_clear) :]
         self._release_finished()
         return outcomes
 
@@ -200,10 +246,11 @@ class Scheduler:
         Sequences that ran before keep their blocks, computed by earlier steps. Those admitted
         wait again: they may have counted on blocks which this step was to compute.
         """
-        assert batch is self._in_flight, "the batch of the last schedule()"
+        assert batch is self._in_flight[-1], "the last goes first"
         self._block_manager.withdraw(batch.published_blocks)
-        self._in_flight = None
-        self._release_finished()
+        del self._in_flight[-1]
+        if not self._in_flight:
+            self._release_finished()
         for sequence in batch.sequences[len(batch.sequences) - batch.num_admitted :]:
             if not sequence.is_finished:
                 self._running.remove(sequence)
@@ -215,7 +262,7 @@ class Scheduler:
         After `fail`, for a step that was too large: the next one is tried without that sequence.
         None if all of them were aborted meanwhile.
         """
-        assert self._in_flight is None, "between steps"
+        assert not self._in_flight, "between steps"
         victim = max((s for s in batch.sequences if not s.is_finished), key=_order, default=None)
         if victim is not None:
             self._end(victim, "error")

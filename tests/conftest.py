@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Before triton is imported: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from model.gpt import GPT
 from model.tokenizer import BytePairTokenizer
 from tests.byte_pairs import byte_pair_tokenizer

@@ -26,6 +26,8 @@ def make_engine(
     vocab_size: int = 95,  # two ids are padding
     eos_token_ids: tuple[int, ...] = (),
     attention: Any = None,
+    use_triton: bool | None = None,
+    decode_step: Any = None,
     **config: Any,
 ) -> Engine:
     """An engine over a copy of `model`: packing changes the one it is given."""
@@ -43,6 +45,8 @@ def make_engine(
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
         attention=attention,
+        use_triton=use_triton,
+        decode_step=decode_step,
     )
 
 

@@ -690,3 +690,109 @@ def test_a_resubmitted_sequence_goes_on_where_it_was(num_delivered: int) -> None
 
     assert resumed.completion_ids == whole.completion_ids
     assert resumed.num_prompt_tokens == 5
+
+
+# A step ahead: what follows is drawn in full by tests/engine/test_cuda_graph.py
+
+
+def decoding(
+    *max_tokens: int, max_num_sequences: int = 4, num_blocks: int = 33
+) -> tuple[SimulatedEngine, list[Sequence], ScheduledBatch]:
+    """An engine that shares no completions, and its first step that only decodes, in flight."""
+    engine = make_engine(
+        share_completion_blocks=False, max_num_sequences=max_num_sequences, num_blocks=num_blocks
+    )
+    sequences = [
+        engine.add([index + 1] * 3, params=endless(count)) for index, count in enumerate(max_tokens)
+    ]
+    execute(engine, engine.scheduler.schedule(), set())
+    return engine, sequences, engine.scheduler.schedule()
+
+
+def test_a_step_ahead_has_the_rows_that_are_not_at_their_limit() -> None:
+    engine, (first, _, third), batch = decoding(9, 2, 3)
+
+    ahead = engine.scheduler.schedule_ahead()
+
+    assert ahead is not None
+    assert ahead.sequences == [first, third]
+    assert ahead.num_scheduled_tokens == [1, 1]
+    assert ahead.sampled_rows == [0, 1]
+    assert ahead.is_decode
+    engine.scheduler.update(batch, [1, 1, 1])
+    engine.scheduler.update(ahead, [2, 2])
+    assert first.completion_ids[1:] == [1, 2]
+    assert third.completion_ids[1:] == [1, 2]
+
+
+def test_a_step_ahead_has_room_for_the_token_it_computes() -> None:
+    engine, (sequence,), _ = decoding(9)
+    assert sequence.num_tokens == BLOCK_SIZE
+
+    engine.scheduler.schedule_ahead()
+
+    assert len(engine.blocks.block_table(sequence.seq_id)) == 2
+
+
+@pytest.mark.parametrize(("places", "is_ahead"), [(1, True), (2, False)])
+def test_no_step_is_ahead_of_a_sequence_that_could_come_in(places: int, is_ahead: bool) -> None:
+    engine, _, _ = decoding(9, max_num_sequences=places)
+    engine.add([5] * 3)
+
+    assert (engine.scheduler.schedule_ahead() is not None) == is_ahead
+
+
+def test_no_step_is_ahead_of_a_prompt_or_of_shared_completions_or_of_nobody() -> None:
+    prefill = make_engine(share_completion_blocks=False)
+    prefill.add([1] * 3)
+    prefill.scheduler.schedule()
+    sharing = make_engine(share_completion_blocks=True)
+    sharing.add([1] * 3, params=endless())
+    execute(sharing, sharing.scheduler.schedule(), set())
+    sharing.scheduler.schedule()
+    ending, _, _ = decoding(2)
+
+    for engine in (prefill, sharing, ending):
+        assert engine.scheduler.schedule_ahead() is None
+
+
+def test_no_step_is_ahead_where_a_sequence_would_have_to_give_way() -> None:
+    engine, _, _ = decoding(60, 60, num_blocks=17)
+    for _ in range(16 - engine.blocks.num_used_blocks):
+        assert engine.blocks.allocate(99, BLOCK_SIZE * (1 + len(held(engine, 99))))
+
+    assert engine.scheduler.schedule_ahead() is None
+
+
+def held(engine: SimulatedEngine, seq_id: int) -> list[int]:
+    return engine.blocks.block_table(seq_id) if engine.blocks.holds(seq_id) else []
+
+
+def test_a_row_that_ended_before_its_step_ahead_means_nothing() -> None:
+    engine, (ended, other), batch = decoding(9, 9)
+    ended.params = SamplingParams(max_tokens=9)
+    ahead = engine.scheduler.schedule_ahead()
+    assert ahead is not None
+
+    (told, _) = engine.scheduler.update(batch, [EOS, 1])
+    outcomes = engine.scheduler.update(ahead, [3, 3], failed_rows=[0])
+
+    assert told.sequence.finish_reason == "stop"
+    assert [outcome.sequence for outcome in outcomes] == [other]
+    assert ended.completion_ids[1:] == [EOS]
+    assert engine.scheduler.schedule().released_seq_ids == [ended.seq_id]
+
+
+def test_a_step_and_the_one_ahead_of_it_can_be_taken_back() -> None:
+    engine, (sequence,), batch = decoding(9)
+    ahead = engine.scheduler.schedule_ahead()
+    assert ahead is not None
+    before = list(sequence.token_ids)
+
+    engine.scheduler.fail(ahead)
+    engine.scheduler.fail(batch)
+
+    assert sequence.token_ids == before
+    again = engine.scheduler.schedule()
+    assert again.sequences == [sequence]
+    assert not again.is_ahead

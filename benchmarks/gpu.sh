@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Check and time the GPU path: benchmarks/gpu.sh [FOLDER]; the report is FOLDER/gpu.md.
+# Needs an NVIDIA GPU and no network: Python 3.11 to 3.13 with torch, triton, numpy, numba, rich and
+# msgspec. What is missing may lie as wheels in ./wheels; a machine made for torch mostly lacks
+# msgspec alone. Under ten minutes: the report gets eight, the tests get what is left of them.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-${OUT:-gpu-report}}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+if compgen -G 'wheels/*.whl' > /dev/null; then
+    site=$(mktemp -d)
+    "$python" -m pip install --quiet --no-index --no-deps --target "$site" wheels/*.whl || exit 1
+    export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+"$python" -c '
+import importlib.util, sys
+needed = ("torch", "triton", "numpy", "numba", "rich", "msgspec")
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+sys.exit("not importable: " + ", ".join(missing) + "; put wheels into wheels/" if missing else 0)
+' || exit 1
+unset TRITON_INTERPRET
+export PYTHONUNBUFFERED=1
+timeout 480 "$python" -m benchmarks.gpu --device cuda --out "$out" --limit-seconds 400
+status=$?
+# The same tests that CI runs in the interpreter, and those that need a device.
+timeout 90 "$python" -m pytest -q -p no:cacheprovider -W default tests/engine/test_attention_triton.py \
+    tests/engine/test_block_triton.py tests/engine/test_draw_triton.py tests/engine/test_cuda_graph.py > "$out/tests.txt" 2>&1 \
+    || status=1
+tail -n 5 "$out/tests.txt"
+exit "$status"

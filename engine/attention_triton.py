@@ -1,0 +1,311 @@
+"""Attention over the paged cache on a GPU: kernels in Triton that walk the block table.
+
+Whatever a row gets depends on its sequence alone. Keys are taken in tiles that begin at fixed
+positions, and every K and V, the chunk's own included, is as the cache holds it. Rows come in two
+classes, each with its own arithmetic: positions of the prompt are prefill, later ones decode, also
+where a sequence is computed again.
+"""
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.batch import ModelInput
+from engine.kv_cache import KVCache
+from engine.triton_operands import operand_type
+from model.config import GPTConfig
+
+SPLIT_TOKENS = 256  # keys of a sequence that one program of decoding takes, whatever the batch
+_DECODE_KEYS = 32  # in a tile of decoding; divides SPLIT_TOKENS
+# Positions of one sequence, and keys, in a tile of prefill. Without tensor cores, which have no
+# float32, large ones do not fit into the registers.
+_PREFILL_TILE = {torch.float32: (16, 32), torch.float16: (64, 64), torch.bfloat16: (64, 64)}
+
+
+class TritonPagedAttention:
+    """An `Attend` equal to `PagedAttention`, for float32, float16 and bfloat16 and any head size.
+
+    A step that only decodes takes one kernel a layer: the keys of a sequence are split among
+    programs, which writes the new key and value, and whose last to end adds the parts up in order
+    of position (split keys: Dao et al., 2023, "Flash-Decoding"). Otherwise K and V of all rows
+    are written first, then prefill and decode rows read them, a kernel each. Prefill is tiled as
+    in FlashAttention-2 (Dao, 2023, arXiv:2307.08691).
+    """
+
+    def __init__(self, config: GPTConfig, cache: KVCache, batch: ModelInput) -> None:
+        """Prepare a step; nothing is read back to the host."""
+        device = batch.positions.device
+        assert batch.positions.is_contiguous(), "kernels know no stride"
+        assert batch.row_sequences.is_contiguous(), "kernels know no stride"
+        assert batch.block_tables.is_contiguous(), "kernels know no stride"
+        self._scales = [config.attention_scale(layer) for layer in range(config.n_layer)]
+        self._cache = cache
+        self._batch = batch
+        self._n_head, self._head_size = config.n_head, config.head_size
+        self._is_decode = not batch.spans
+        if self._is_decode:
+            self._tiles: Tensor | None = None
+            self._rows: Tensor | None = None
+            num_rows = len(batch.positions)
+        else:
+            tiles, rows = _classes(batch, _PREFILL_TILE[cache.k.dtype][0])
+            self._tiles = torch.from_numpy(tiles).to(device, non_blocking=True)
+            self._rows = torch.from_numpy(rows).to(device, non_blocking=True)
+            num_rows = len(rows)
+        self._num_decode_rows = num_rows
+        length = batch.block_tables.shape[1] * cache.block_size
+        self._num_splits = -(-length // SPLIT_TOKENS)
+        # Scratch of the decode rows: sums, maxima and mixtures of the parts, and how many are in.
+        parts = (num_rows, config.n_head, self._num_splits)
+        self._padded_size = max(16, triton.next_power_of_2(config.head_size))
+        self._mixtures = torch.empty(*parts, self._padded_size, device=device)
+        self._maxima = torch.empty(parts, device=device)
+        self._totals = torch.empty(parts, device=device)
+        self._num_done = torch.zeros(parts[:2], dtype=torch.int32, device=device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend in layer `layer`: q, k, v (N, H, D) -> (N, H, D)."""
+        assert all(t.stride()[1:] == (self._head_size, 1) for t in (q, k, v)), "heads lie in a row"
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if not self._is_decode:
+            self._write(layer, k, v)
+            self._prefill(layer, q, out)
+        if self._num_decode_rows:
+            self._decode(layer, q, k, v, out)
+        return out
+
+    def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        cache, batch = self._cache, self._batch
+        width = self._n_head * self._head_size
+        _write_kernel[(len(k),)](
+            k, v, cache.k[layer], cache.v[layer],
+            batch.positions, batch.row_sequences, batch.block_tables,
+            k.stride(0), v.stride(0), batch.block_tables.stride(0), cache.k.stride(1),
+            WIDTH=width, PADDED_WIDTH=triton.next_power_of_2(width),
+            D=self._head_size, BLOCK_SIZE=cache.block_size,
+        )  # fmt: skip
+
+    def _prefill(self, layer: int, q: Tensor, out: Tensor) -> None:
+        assert self._tiles is not None
+        if not len(self._tiles):
+            return
+        cache, batch = self._cache, self._batch
+        num_queries, num_keys = _PREFILL_TILE[cache.k.dtype]
+        _prefill_kernel[(len(self._tiles), self._n_head)](
+            q, out, cache.k[layer], cache.v[layer], self._tiles, batch.block_tables,
+            self._scales[layer],
+            q.stride(0), out.stride(0), batch.block_tables.stride(0), cache.k.stride(1),
+            D=self._head_size, PADDED_D=self._padded_size, BLOCK_SIZE=cache.block_size,
+            QUERIES=num_queries, KEYS=num_keys, OPERAND=operand_type(q.dtype),
+            num_warps=4, num_stages=1 if q.dtype == torch.float32 else 2,
+        )  # fmt: skip
+
+    def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        cache, batch = self._cache, self._batch
+        _decode_kernel[(self._num_decode_rows, self._n_head, self._num_splits)](
+            q, k, v, out, cache.k[layer], cache.v[layer],
+            # Unused where every row decodes, but a pointer all the same.
+            batch.positions if self._rows is None else self._rows,
+            batch.positions, batch.row_sequences, batch.block_tables,
+            self._mixtures, self._maxima, self._totals, self._num_done,
+            self._scales[layer],
+            q.stride(0), k.stride(0), v.stride(0), out.stride(0),
+            batch.block_tables.stride(0), cache.k.stride(1),
+            D=self._head_size, PADDED_D=self._padded_size, BLOCK_SIZE=cache.block_size,
+            SPLIT=SPLIT_TOKENS, KEYS=_DECODE_KEYS, ALL_ROWS=self._is_decode,
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
+
+
+def _classes(batch: ModelInput, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sort the rows of a step into tiles of prefill and rows of decoding.
+
+    A tile (int32) holds the rows of one sequence at neighbouring positions, from a multiple of
+    `num_queries` on: so a row has its place in a tile for good. It is the row that position 0
+    would have, its first position, the first position and the end of those that are there, and
+    the row of the block tables.
+    """
+    tiles: list[tuple[int, int, int, int, int]] = []
+    rows: list[int] = []
+    first_row = 0
+    for span in batch.spans:
+        row_of_0 = first_row - span.start
+        end_of_prefill = max(span.start, min(span.num_prompt_tokens, span.end))
+        aligned = span.start // num_queries * num_queries
+        for first in range(aligned, end_of_prefill, num_queries):
+            there = (max(first, span.start), min(first + num_queries, end_of_prefill))
+            if there[0] < there[1]:
+                tiles.append((row_of_0, first, *there, span.table_row))
+        rows.extend(range(row_of_0 + end_of_prefill, row_of_0 + span.end))
+        first_row = row_of_0 + span.end
+    return np.array(tiles, np.int32).reshape(-1, 5), np.array(rows, np.int32)
+
+
+@triton.jit
+def _write_kernel(
+    k, v, cache_k, cache_v, positions, row_sequences, tables,
+    k_stride, v_stride, table_stride, block_stride,
+    WIDTH: tl.constexpr, PADDED_WIDTH: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Store k and v of one row, all heads."""
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions + row)
+    table = tables + tl.load(row_sequences + row) * table_stride
+    block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
+    channel = tl.arange(0, PADDED_WIDTH)
+    is_channel = channel < WIDTH
+    place = (channel // D) * (BLOCK_SIZE * D) + (position % BLOCK_SIZE) * D + channel % D
+    to = block * block_stride + place
+    tl.store(cache_k + to, tl.load(k + row * k_stride + channel, mask=is_channel), mask=is_channel)
+    tl.store(cache_v + to, tl.load(v + row * v_stride + channel, mask=is_channel), mask=is_channel)
+
+
+@triton.jit
+def _prefill_kernel(
+    q, out, cache_k, cache_v, tiles, tables, scale,
+    q_stride, out_stride, table_stride, block_stride,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Attend for the rows of one tile in one head."""
+    tile = tiles + tl.program_id(0) * 5
+    head = tl.program_id(1)
+    row_of_0 = tl.load(tile).to(tl.int64)
+    positions = tl.load(tile + 1) + tl.arange(0, QUERIES)
+    start = tl.load(tile + 2)
+    end = tl.load(tile + 3)
+    table = tables + tl.load(tile + 4).to(tl.int64) * table_stride
+
+    d = tl.arange(0, PADDED_D)
+    is_there = (positions >= start) & (positions < end)
+    is_value = is_there[:, None] & (d < D)[None, :]
+    rows = (row_of_0 + positions)[:, None]
+    query = tl.load(q + rows * q_stride + head * D + d[None, :], mask=is_value, other=0.0)
+    query = query.to(OPERAND)
+    maximum = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    mixture = tl.zeros((QUERIES, PADDED_D), tl.float32)
+    # A tile of keys that a row does not see changes nothing of it, to the bit: all its weights
+    # are 0 and its factor is 1. So it does not matter how far the other rows look.
+    for first_key in range(0, end, KEYS):
+        places = first_key + tl.arange(0, KEYS)
+        is_written = places < end
+        block = tl.load(table + places // BLOCK_SIZE, mask=is_written, other=0).to(tl.int64)
+        place = block * block_stride + head * (BLOCK_SIZE * D) + (places % BLOCK_SIZE) * D
+        at = place[:, None] + d[None, :]
+        is_value_of_key = is_written[:, None] & (d < D)[None, :]
+        keys = tl.load(cache_k + at, mask=is_value_of_key, other=0.0).to(OPERAND)
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(places[None, :] <= positions[:, None], scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        factor = tl.exp(maximum - new_maximum)
+        weights = tl.exp(scores - new_maximum[:, None])
+        total = total * factor + tl.sum(weights, 1)
+        values = tl.load(cache_v + at, mask=is_value_of_key, other=0.0).to(OPERAND)
+        mixture = mixture * factor[:, None]
+        mixture = tl.dot(weights.to(OPERAND), values, mixture, input_precision="ieee")
+        maximum = new_maximum
+    mixture = mixture / total[:, None]
+    at = rows * out_stride + head * D + d[None, :]
+    tl.store(out + at, mixture.to(out.dtype.element_ty), mask=is_value)
+
+
+@triton.jit
+def _decode_kernel(
+    q, k, v, out, cache_k, cache_v,
+    rows, positions, row_sequences, tables,
+    mixtures, maxima, totals, num_done, scale,
+    q_stride, k_stride, v_stride, out_stride,
+    table_stride, block_stride,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr, KEYS: tl.constexpr, ALL_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Attend for one row in one head to one split of its keys.
+
+    With ALL_ROWS each row is alone in its sequence: the program whose split ends with the row's
+    own key stores it, and takes it as it came, since none may count on another's store. The bits
+    are those that the cache gets.
+    """
+    index = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    row = index
+    if not ALL_ROWS:
+        row = tl.load(rows + index).to(tl.int64)
+    position = tl.load(positions + row).to(tl.int32)
+    length = position + 1
+    if split * SPLIT >= length:
+        return
+    table = tables + tl.load(row_sequences + row).to(tl.int64) * table_stride
+
+    d = tl.arange(0, PADDED_D)
+    is_d = d < D
+    query = tl.load(q + row * q_stride + head * D + d, mask=is_d, other=0.0).to(tl.float32) * scale
+    is_last = length <= (split + 1) * SPLIT
+    if ALL_ROWS:
+        own_key = tl.load(k + row * k_stride + head * D + d, mask=is_d, other=0.0)
+        own_value = tl.load(v + row * v_stride + head * D + d, mask=is_d, other=0.0)
+        if is_last:
+            block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
+            place = block * block_stride + head * (BLOCK_SIZE * D) + (position % BLOCK_SIZE) * D
+            tl.store(cache_k + place + d, own_key, mask=is_d)
+            tl.store(cache_v + place + d, own_value, mask=is_d)
+
+    maximum = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    mixture = tl.zeros((PADDED_D,), tl.float32)
+    for first_key in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, length), KEYS):
+        places = first_key + tl.arange(0, KEYS)
+        is_seen = places < length
+        block = tl.load(table + places // BLOCK_SIZE, mask=is_seen, other=0).to(tl.int64)
+        place = block * block_stride + head * (BLOCK_SIZE * D) + (places % BLOCK_SIZE) * D
+        at = place[:, None] + d[None, :]
+        is_value = is_seen[:, None] & is_d[None, :]
+        keys = tl.load(cache_k + at, mask=is_value, other=0.0).to(tl.float32)
+        values = tl.load(cache_v + at, mask=is_value, other=0.0).to(tl.float32)
+        if ALL_ROWS:
+            is_own = (places == position)[:, None]
+            keys = tl.where(is_own, own_key.to(tl.float32)[None, :], keys)
+            values = tl.where(is_own, own_value.to(tl.float32)[None, :], values)
+        scores = tl.where(is_seen, tl.sum(keys * query[None, :], 1), float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 0))
+        factor = tl.exp(maximum - new_maximum)
+        weights = tl.exp(scores - new_maximum)
+        total = total * factor + tl.sum(weights, 0)
+        mixture = mixture * factor + tl.sum(weights[:, None] * values, 0)
+        maximum = new_maximum
+
+    to = out + row * out_stride + head * D + d
+    if is_last & (split == 0):  # the only part
+        tl.store(to, (mixture / total).to(out.dtype.element_ty), mask=is_d)
+    else:
+        pair = index * tl.num_programs(1) + head
+        part = pair * tl.num_programs(2) + split
+        tl.store(mixtures + part * PADDED_D + d, mixture)
+        tl.store(maxima + part, maximum)
+        tl.store(totals + part, total)
+        # All threads' stores come before the count, and the count before the loads of the last one.
+        tl.debug_barrier()
+        num_parts = tl.cdiv(length, SPLIT)
+        if tl.atomic_add(num_done + pair, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+            tl.debug_barrier()
+            first_part = pair * tl.num_programs(2)
+            maximum = tl.full((), float("-inf"), tl.float32)
+            total = tl.zeros((), tl.float32)
+            mixture = tl.zeros((PADDED_D,), tl.float32)
+            for other in range(0, num_parts):  # noqa: PIE808  Triton wants both ends
+                at = first_part + other
+                # .cg: from the cache that all multiprocessors share.
+                other_maximum = tl.load(maxima + at, cache_modifier=".cg")
+                other_total = tl.load(totals + at, cache_modifier=".cg")
+                other_mixture = tl.load(mixtures + at * PADDED_D + d, cache_modifier=".cg")
+                new_maximum = tl.maximum(maximum, other_maximum)
+                factor = tl.exp(maximum - new_maximum)
+                other_factor = tl.exp(other_maximum - new_maximum)
+                total = total * factor + other_total * other_factor
+                mixture = mixture * factor + other_mixture * other_factor
+                maximum = new_maximum
+            tl.store(to, (mixture / total).to(out.dtype.element_ty), mask=is_d)
+            tl.store(num_done + pair, 0)  # for the next layer

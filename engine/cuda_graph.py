@@ -1,0 +1,367 @@
+"""The decode step over buffers that stay: on CUDA one graph a batch size, on a CPU plain calls.
+
+What a running sequence needs for its next token lies on the device, a slot each, and a step leaves
+it ready for the next one: the token it draws is the next one's input. The host sends what changed.
+Knows no queue and no requests beyond their sampling parameters.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch import BatchBuilder, ModelInput
+from engine.draw import Filters, draw, kept_tokens, lowest_argmax
+from engine.kv_cache import KVCache
+from engine.random_stream import NoiseKeys
+from engine.sampling_params import SamplingParams
+from engine.sequence import Sequence as RunningSequence
+from model.attention import Attend
+from model.config import GPTConfig
+from model.gpt import GPT
+
+AttentionFactory = Callable[[GPTConfig, KVCache, ModelInput], Attend]
+Head = Callable[[Tensor], Tensor]
+Draw = Callable[[Tensor, Tensor, NoiseKeys], Tensor]
+DecodeStepFactory = Callable[..., "DecodeStep"]  # the class, or one that only pretends
+
+_COLDEST = 1e-30  # as in engine.sampler
+_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
+NOT_FINITE = -1  # in place of a token id
+_NOBODY = -1
+
+
+class Sampling(IntEnum):
+    """How a step ends; each can do what those before it can, but for the last."""
+
+    GREEDY = 0
+    PLAIN = 1  # temperature
+    FILTERED = 2  # and top_k, top_p, min_p
+    BY_HOST = 3  # with logits: what the host keeps of a sequence decides, or logprobs are wanted
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What the host sends before a step, a row for each sequence concerned."""
+
+    progress: list[tuple[int, ...]]  # slot, token, position
+    params: list[tuple[int, ...]]  # slot, seed, choice, top_k
+    shares: list[tuple[float, ...]]  # temperature, top_p, min_p; of the same slots as params
+    blocks: list[tuple[int, ...]]  # slot, place in the table, block
+
+
+class DecodeStep:
+    """One token for each of a number of slots, as a function of the device's own memory.
+
+    `run` reads nothing back to the host and takes nothing from it, so it can be captured; slots
+    that pad a batch are the last one, whose table is all null block.
+    """
+
+    can_capture = True  # where there is CUDA
+
+    def __init__(
+        self,
+        model: GPT,
+        head: Head,
+        cache: KVCache,
+        attention: AttentionFactory,
+        *,
+        max_num_sequences: int,
+        vocab_size: int,
+        draw: Draw = draw,
+    ) -> None:
+        """Allocate the slots. `draw` is the device's own, equal to the default without filters."""
+        self._model, self._head, self._draw = model, head, draw
+        self.cache, self._attention = cache, attention
+        self.vocab_size = vocab_size
+        device = cache.k.device
+        num_slots = max_num_sequences + 1
+        max_blocks = -(-model.config.n_ctx // cache.block_size)
+        # Rows: token, position, seed, choice, top_k; and temperature, top_p, min_p. What is
+        # gathered of a row lies together, as kernels take it.
+        self._integers = torch.zeros(5, num_slots, dtype=torch.int64, device=device)
+        self._shares = torch.zeros(3, num_slots, dtype=torch.float64, device=device)
+        self._tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
+        self._slots = torch.full((max_num_sequences,), max_num_sequences, device=device)
+
+    @property
+    def padding_slot(self) -> int:
+        """The slot that is nobody's."""
+        return self._integers.shape[1] - 1
+
+    @property
+    def static_buffers(self) -> list[Tensor]:
+        """What a captured step reads and writes: the same memory for as long as this lives."""
+        return [self._integers, self._shares, self._tables, self._slots]
+
+    def write(self, change: _Change) -> None:
+        """Take in what the host knows better."""
+        if change.progress:
+            progress = self._send(np.array(change.progress).T)
+            self._integers[:2, progress[0]] = progress[1:]
+        if change.params:
+            params = self._send(np.array(change.params).T)
+            self._integers[2:, params[0]] = params[1:]
+            self._shares[:, params[0]] = self._send(np.array(change.shares).T)
+        if change.blocks:
+            blocks = self._send(np.array(change.blocks).T)
+            self._tables[blocks[0], blocks[1]] = blocks[2].int()
+
+    def choose_slots(self, slots: np.ndarray) -> None:
+        """Say whose turn it is from now on; the rest is padding."""
+        padded = np.full(len(self._slots), self.padding_slot)
+        padded[: len(slots)] = slots
+        self._slots.copy_(self._send(padded))
+
+    def _send(self, array: np.ndarray) -> Tensor:
+        """Copy to the device without waiting for it: it may be busy with the step before."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self._slots.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self._slots.device, non_blocking=True)
+
+    def run(self, num_rows: int, sampling: Sampling) -> Tensor:
+        """Advance the first `num_rows` slots: their token ids (num_rows,), or NOT_FINITE.
+
+        With BY_HOST the result is logits (num_rows, V) float32, the slots wait for `feed`.
+        """
+        slots = self._slots[:num_rows]
+        tokens, positions, seeds, choices, top_k = self._integers.index_select(1, slots).unbind()
+        block_size = self.cache.block_size
+        batch = ModelInput(
+            tokens=tokens,
+            positions=positions,
+            row_sequences=slots,
+            block_tables=self._tables,
+            slot_blocks=self._tables[slots, positions // block_size].long(),
+            slot_offsets=positions % block_size,
+        )
+        attend = self._attention(self._model.config, self.cache, batch)
+        logits = self._head(self._model(tokens, positions, attend))
+        if sampling == Sampling.BY_HOST:
+            return logits
+        drawn, best = lowest_argmax(logits)
+        if sampling != Sampling.GREEDY:
+            temperature, top_p, min_p = self._shares.index_select(1, slots).unbind()
+            is_greedy = temperature == 0
+            temperature = temperature.clamp(min=_COLDEST)
+            if sampling == Sampling.FILTERED:
+                filters = Filters(
+                    top_k,
+                    top_p,
+                    min_p,
+                    torch.ones_like(top_p),
+                    largest_top_k=self.vocab_size,
+                    has_top_p=True,
+                    has_typical_p=False,
+                )
+                kept = kept_tokens(logits, temperature, filters)
+                logits = logits.masked_fill(~kept, -math.inf)
+            # The token to be drawn stands behind the one just computed.
+            keys = NoiseKeys(seeds, choices, positions + 1)
+            drawn = drawn.where(is_greedy, self._draw(logits, temperature, keys))
+        is_finite = best.isfinite()
+        self._advance(slots, drawn.masked_fill(~is_finite, 0), positions)
+        return drawn.masked_fill(~is_finite, NOT_FINITE)
+
+    def feed(self, token_ids: Tensor) -> None:
+        """Finish a step that ended with logits, by token ids (R,) for the first R slots."""
+        slots = self._slots[: len(token_ids)]
+        self._advance(slots, token_ids, self._integers[1, slots])
+
+    def read(self, token_ids: Tensor) -> Callable[[], list[int]]:
+        """Begin to copy token ids to the host; the call waits for the copy, not for later steps."""
+        if token_ids.device.type != "cuda":
+            return token_ids.tolist
+        # A new place each time, from torch's pool of pinned memory: the last may still be unread.
+        on_host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+        on_host.copy_(token_ids, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+
+        def wait() -> list[int]:
+            event.synchronize()
+            values: list[int] = on_host.tolist()
+            return values
+
+        return wait
+
+    def _advance(self, slots: Tensor, token_ids: Tensor, positions: Tensor) -> None:
+        self._integers[0].index_copy_(0, slots, token_ids)
+        # A sequence may have ended without the device knowing: it must stay inside the context.
+        positions = (positions + 1).clamp(max=self._model.config.n_ctx - 1)
+        self._integers[1].index_copy_(0, slots, positions)
+        self._integers[:, -1].zero_()  # padding stays where it is
+
+
+class DecodeLoop:
+    """Keeps a `DecodeStep` in line with the scheduler's sequences, and runs it."""
+
+    def __init__(self, step: DecodeStep, builder: BatchBuilder, *, max_num_sequences: int) -> None:
+        """Share the builder's rows: a sequence's slot is its row in the block tables."""
+        self._step = step
+        self._builder = builder
+        self._max_num_sequences = max_num_sequences
+        num_slots = max_num_sequences + 1
+        self._owners = [_NOBODY] * num_slots  # sequence that the device knows, by slot
+        self._positions = [0] * num_slots  # that the device computes next
+        self._num_blocks = [0] * num_slots  # of the table, on the device
+        self._levels = np.zeros(num_slots, np.int64)  # the Sampling that a sequence needs
+        self._slots: list[int] = []
+        self._sampling = Sampling.GREEDY
+        self._steps: dict[tuple[int, Sampling], Callable[[], Tensor]] = {}
+        self._first_graph: torch.cuda.CUDAGraph | None = None  # whose memory the others share
+        self._logits: Tensor | None = None  # where graphs leave them, one after the other
+
+    @property
+    def buckets(self) -> list[int]:
+        """The batch sizes that exist, ascending; a batch is padded to the next one."""
+        smaller = [size for size in _BUCKETS if size < self._max_num_sequences]
+        return [*smaller, self._max_num_sequences]
+
+    def forget(self, seq_ids: Iterable[int] | None = None) -> None:
+        """Know nothing any more of some sequences, or (None) of any: they may return changed."""
+        if seq_ids is None:
+            self._owners = [_NOBODY] * len(self._owners)
+            return
+        gone = set(seq_ids)
+        if gone:
+            self._owners = [_NOBODY if owner in gone else owner for owner in self._owners]
+
+    def run(
+        self, sequences: Sequence[RunningSequence], slots: list[int], *, is_ahead: bool = False
+    ) -> Tensor:
+        """Start a step of sequences that decode: token ids (R,), or logits (R, V) for the host.
+
+        After logits (`needs_host`), `feed` must follow. `is_ahead` if the host does not know yet
+        what the step before drew.
+        """
+        self._prepare(sequences, slots, int(is_ahead))
+        bucket = next(size for size in self.buckets if size >= len(slots))
+        return self._callable(bucket, self._sampling)()[: len(slots)]
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the last step ended with logits."""
+        return self._sampling == Sampling.BY_HOST
+
+    def feed(self, token_ids: Tensor) -> None:
+        """Tell the device what was drawn from the logits of the last step."""
+        self._step.feed(token_ids)
+
+    def capture_all(self) -> int:
+        """Make every graph there is; returns how many. The largest first: the others fit in it."""
+        for sampling in reversed(Sampling):
+            for bucket in reversed(self.buckets):
+                self._callable(bucket, sampling)
+        return len(self._steps)
+
+    def read(self, token_ids: Tensor) -> Callable[[], list[int]]:
+        """Begin to copy a step's result to the host; the call waits for it, and for no more."""
+        return self._step.read(token_ids)
+
+    def _prepare(
+        self, sequences: Sequence[RunningSequence], slots: list[int], num_ahead: int
+    ) -> None:
+        """Send what changed. In the middle of decoding that is a block now and then."""
+        change = _Change([], [], [], [])
+        for sequence, slot in zip(sequences, slots, strict=True):
+            position = sequence.num_computed_tokens + num_ahead
+            if self._owners[slot] != sequence.seq_id:
+                self._owners[slot] = sequence.seq_id
+                self._num_blocks[slot] = 0
+                self._positions[slot] = -1
+                self._describe(change, sequence, slot)
+            if self._positions[slot] != position:
+                assert not num_ahead, "only the device knows the token"
+                change.progress.append((slot, sequence.token_ids[position], position))
+            self._positions[slot] = position + 1
+            num_blocks = self._builder.num_blocks(slot)
+            if self._num_blocks[slot] != num_blocks:
+                table = self._builder.table(slot)
+                for place in range(self._num_blocks[slot], num_blocks):
+                    change.blocks.append((slot, place, int(table[place])))
+                self._num_blocks[slot] = num_blocks
+        self._step.write(change)
+        if slots != self._slots or change.params:
+            self._slots = list(slots)
+            self._step.choose_slots(np.array(slots))
+            self._sampling = Sampling(int(self._levels[slots].max()))
+
+    def _describe(self, change: _Change, sequence: RunningSequence, slot: int) -> None:
+        params = sequence.params
+        vocab_size = self._step.vocab_size
+        top_k = min(params.top_k or vocab_size, vocab_size)
+        change.params.append((slot, params.seed, sequence.choice, top_k))
+        change.shares.append((params.temperature, params.top_p, params.min_p))
+        self._levels[slot] = sampling_of(params, vocab_size)
+
+    def _callable(self, bucket: int, sampling: Sampling) -> Callable[[], Tensor]:
+        known = self._steps.get((bucket, sampling))
+        if known is None:
+            known = self._steps[bucket, sampling] = self._make(bucket, sampling)
+        return known
+
+    def _make(self, bucket: int, sampling: Sampling) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            return self._step.run(bucket, sampling)
+
+        if not self._step.can_capture or self._step.static_buffers[0].device.type != "cuda":
+            return run
+        return self._capture(run)
+
+    def _capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Record a step; while that lasts, all its slots are padding."""
+        slots = self._slots
+        self._step.choose_slots(np.array([], np.int64))
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles kernels, fills cuBLAS's workspaces
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # One pool: a graph's temporaries may lie where another's do, since none run at a time.
+        pool = None if self._first_graph is None else self._first_graph.pool()
+        with torch.cuda.graph(graph, pool=pool):
+            result = run()
+            if result.is_floating_point():
+                result = self._keep(result)
+        self._first_graph = self._first_graph or graph
+        self._step.choose_slots(np.array(slots, np.int64))
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    def _keep(self, logits: Tensor) -> Tensor:
+        """Copy logits to where they outlive their graph; kept apart they would fill a gigabyte."""
+        if self._logits is None:
+            self._logits = logits.new_empty(self._max_num_sequences, logits.shape[1])
+        self._logits[: len(logits)].copy_(logits)
+        return self._logits[: len(logits)]
+
+
+def sampling_of(params: SamplingParams, vocab_size: int) -> Sampling:
+    """The least a request needs; what the host keeps count of stays with it for good."""
+    if (
+        params.logit_bias
+        or params.allowed_token_ids is not None
+        or params.min_tokens > 0
+        or params.logprobs is not None
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+        or params.repetition_penalty != 1
+        or params.typical_p < 1
+    ):
+        return Sampling.BY_HOST
+    if params.is_greedy:
+        return Sampling.GREEDY
+    if 0 < params.top_k < vocab_size or params.top_p < 1 or params.min_p > 0:
+        return Sampling.FILTERED
+    return Sampling.PLAIN

@@ -1,0 +1,100 @@
+"""Matrix products on a GPU, in Triton: one program, in tiles that never change, for any row count.
+
+cuBLAS chooses its kernel by the shape, so that a row's last bits would depend on how many rows
+come with it. Here the tiles follow from the weight alone, nothing splits the sum, and what comes
+after the product is done before it is stored.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from engine.triton_operands import operand_type
+from model.config import Activation
+
+_ROWS = 64  # in a tile: what the tensor cores of a Hopper chip take at once
+_INS = 64  # of the sum at a time
+
+
+class TritonLinear(nn.Module):
+    """y = activation(x W^T + b) + residual, added up in float32 and rounded once."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        activation: Activation | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Take weight (out, in) and bias (out,) as they lie; `out_dtype` if not the weight's."""
+        super().__init__()
+        assert weight.is_contiguous(), "kernels know no stride"
+        self._weight = weight.detach()
+        self._bias = None if bias is None else bias.detach()
+        self._activation = activation
+        self._out_dtype = out_dtype or weight.dtype
+        num_out, self._num_in = weight.shape
+        # Narrow tiles where there are few outputs: each is read by a multiprocessor of its own,
+        # and the 132 of an H200 together are what is as fast as its memory.
+        self._outs = 16 if num_out <= 1024 else 32 if num_out <= 8192 else 64
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Map x (N, in) to (N, out), and add a residual (N, out) if there is one."""
+        num_rows, num_out = len(x), len(self._weight)
+        assert x.stride(1) == 1, "a row's values lie together"
+        out = torch.empty(num_rows, num_out, dtype=self._out_dtype, device=x.device)
+        # Row tiles first: those that need the same weights run at the same time.
+        grid = (triton.cdiv(num_rows, _ROWS), triton.cdiv(num_out, self._outs))
+        _linear_kernel[grid](
+            x, self._weight, self._bias, residual, out,
+            num_rows, num_out, x.stride(0), num_out if residual is None else residual.stride(0),
+            IN=self._num_in, ROWS=_ROWS, OUTS=self._outs, INS=_INS,
+            ACTIVATION=self._activation, OPERAND=operand_type(x.dtype),
+            num_warps=4, num_stages=4,
+        )  # fmt: skip
+        return out
+
+
+# Specialised to the number of rows, it would be another program for one row than for two.
+@triton.jit(do_not_specialize=["num_rows"])
+def _linear_kernel(
+    x, weight, bias, residual, out, num_rows, num_out, x_stride, residual_stride,
+    IN: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
+    ACTIVATION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Compute one tile of the result; `bias` and `residual` may be None."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * OUTS + tl.arange(0, OUTS)
+    is_row = row < num_rows
+    is_column = column < num_out
+    row = row.to(tl.int64)
+    column = column.to(tl.int64)
+    total = tl.zeros((ROWS, OUTS), tl.float32)
+    for first in range(0, IN, INS):
+        i = first + tl.arange(0, INS)
+        is_in = i < IN
+        some = tl.load(
+            x + row[:, None] * x_stride + i[None, :],
+            mask=is_row[:, None] & is_in[None, :], other=0.0,
+        )  # fmt: skip
+        weights = tl.load(
+            weight + column[None, :] * IN + i[:, None],
+            mask=is_column[None, :] & is_in[:, None], other=0.0,
+        )  # fmt: skip
+        total = tl.dot(some.to(OPERAND), weights.to(OPERAND), total, input_precision="ieee")
+    if bias is not None:
+        total += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION == "gelu_new":  # x / 2 (1 + tanh u) = x sigmoid(2 u)
+        total *= tl.sigmoid(1.5957691216057308 * (total + 0.044715 * total * total * total))
+    elif ACTIVATION == "gelu":
+        total *= 0.5 * (1.0 + tl.erf(total * 0.7071067811865476))
+    elif ACTIVATION == "relu":
+        total = tl.where(total < 0, 0.0, total)  # NaN must stay NaN
+    is_there = is_row[:, None] & is_column[None, :]
+    if residual is not None:
+        at = row[:, None] * residual_stride + column[None, :]
+        total += tl.load(residual + at, mask=is_there, other=0.0).to(tl.float32)
+    at = row[:, None] * num_out + column[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=is_there)

@@ -1,0 +1,44 @@
+"""Kernels that only the interpreter runs are none: they compile for a GPU that is not here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton comes with torch on CUDA and with the test extra")
+
+ROOT = Path(__file__).parents[2]
+SHARED_BYTES = 232_448  # that a block may have on a Hopper chip
+
+
+def test_every_kernel_compiles_for_a_hopper_chip(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.compile_kernels"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel["kernel"] for kernel in kernels} == {
+        "_write_kernel",
+        "_prefill_kernel",
+        "_decode_kernel",
+        "_linear_kernel",
+        "_layer_norm_kernel",
+        "_draw_kernel",
+    }
+    for kernel in kernels:
+        assert kernel["has_code"]
+        assert kernel["shared_bytes"] <= SHARED_BYTES
+        if kernel["kernel"] in ("_prefill_kernel", "_linear_kernel") and kernel["values"] == "bf16":
+            assert kernel["uses_tensor_cores"]
+            assert kernel["loads_ahead"]
