@@ -1,5 +1,8 @@
 """Where keys and values are stored, in blocks; who owns which block is `BlockManager`'s to say."""
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -23,9 +26,8 @@ class KVCache:
         device: torch.device | str,
     ) -> None:
         shape = (config.n_layer, num_blocks, config.n_head, block_size, config.head_size)
-        # Zeroed pages that nobody has written take no memory on Linux: the cache grows with use.
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = _zeros(shape, dtype, torch.device(device))
+        self.v = _zeros(shape, dtype, torch.device(device))
         self.block_size = block_size
 
     def write(self, layer: int, blocks: Tensor, offsets: Tensor, k: Tensor, v: Tensor) -> None:
@@ -42,3 +44,15 @@ class KVCache:
     def num_bytes(self) -> int:
         """What it takes when every block is in use."""
         return self.k.nbytes + self.v.nbytes
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that on a CPU take memory only where something is written, and no time to make.
+
+    `torch.zeros` writes them: gigabytes, and seconds of every start. Raises OSError or torch's
+    errors where there is not enough.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
