@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -58,6 +59,19 @@ def _is_ready(port: int) -> bool:
         return False
 
 
+def _resident_bytes(group: int) -> int:
+    """What the processes of a group hold in memory together (Linux)."""
+    total = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(") ")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[2]) == group:
+            total += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    return total
+
+
 def run_peer(command: str) -> dict[int, float]:
     """Run a peer's program; tokens a second by the number of streams."""
     result = subprocess.run(shlex.split(command), capture_output=True, text=True, check=False)
@@ -89,11 +103,11 @@ def main() -> None:
     with served(arguments.model, arguments.dtype, arguments.port) as server:
         ready = time.perf_counter() - began
 
-        def load(count: int, seed: int) -> float:
+        def load(count: int, seed: int, temperature: float = 0.0) -> float:
             config = LoadConfig(
                 url=f"http://127.0.0.1:{arguments.port}", model="gpt2", num_requests=count,
                 concurrency=count, prompt_words=arguments.prompt_words,
-                max_tokens=arguments.max_tokens, temperature=0.0, seed=seed,
+                max_tokens=arguments.max_tokens, temperature=temperature, seed=seed,
             )  # fmt: skip
             return float(asyncio.run(measure_serving(config))["tokens_per_second"])
 
@@ -110,10 +124,19 @@ def main() -> None:
             for count in arguments.streams:
                 theirs[count].append(speeds[count])
 
+        most = arguments.streams[-1]
+        sampled: list[float] = []
+        for turn in range(arguments.rounds):
+            greedy = load(most, seed=100 + turn)
+            sampled.append(load(most, seed=200 + turn, temperature=0.8) / greedy)
+        resident = _resident_bytes(server.pid)
+
     console = Console()
     console.print(
         f"{arguments.dtype}, prompts of {arguments.prompt_words} words, {arguments.max_tokens} new "
-        f"tokens, medians of {arguments.rounds} rounds; ready {ready:.1f} s after the start"
+        f"tokens, medians of {arguments.rounds} rounds; ready {ready:.1f} s after the start, "
+        f"{resident / 1e6:,.0f} MB resident; at {most} streams sampling at temperature 0.8 gave "
+        f"{statistics.median(sampled):.2f} of greedy's tokens/s"
     )
     table = Table()
     for heading in ("streams", "kvik over HTTP, tokens/s", "peer, tokens/s", "ratio"):

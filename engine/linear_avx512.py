@@ -322,9 +322,9 @@ class FusedLinear(nn.Module):
         """
         super().__init__()
         weight = weight.detach()
-        self._dtype = weight.dtype
+        dtype = weight.dtype
         self._num_outputs = len(weight)
-        self._out_dtype = torch.float32 if is_head else weight.dtype
+        self._out_dtype = torch.float32 if is_head else dtype
         padded = -(-len(weight) // _WIDTH) * _WIDTH
         column_scales = torch.ones(padded)
         column_sums = torch.zeros(padded, dtype=torch.int32)
@@ -351,7 +351,7 @@ class FusedLinear(nn.Module):
         self._offset = _float32(offset, len(self._gain))
         self._epsilon = np.float32(0 if norm is None else norm.eps)
         self._activation = _ACTIVATIONS[activation]
-        if self._dtype == torch.float32 and not quantizes:
+        if dtype == torch.float32 and not quantizes:
             self._kernel = _linear_float32
         elif quantizes:
             self._kernel = _head_int8 if is_head else _linear_int8

@@ -57,11 +57,8 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
             weights_id=bytes.fromhex(digest),
             quantizes=config.dtype == "int8",
         )
-    except (
-        MemoryError,
-        OSError,
-        RuntimeError,
-    ) as error:  # torch's out-of-memory errors are RuntimeErrors
+    # torch's out-of-memory errors are RuntimeErrors, and mapped memory's OSErrors.
+    except (MemoryError, OSError, RuntimeError) as error:
         raise DoesNotFit(
             f"The KV cache of {plan.kv_cache_bytes / 1e6:.0f} MB could not be allocated "
             f"({error}): lower kv_cache_bytes or num_blocks."
