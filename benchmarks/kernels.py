@@ -1,0 +1,108 @@
+"""The parts of a CPU step by themselves, at GPT-2 124M's sizes: products, and attention.
+
+`python -m benchmarks.kernels` alternates ours and oneDNN's packed product, each over copies that
+no cache holds together.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from engine.attention_cpu import CPUPagedAttention
+from engine.batch import ModelInput
+from engine.kv_cache import KVCache
+from engine.linear import PackedLinear
+from engine.linear_avx512 import FusedLinear
+from model.config import GPTConfig
+
+_CONFIG = GPTConfig()  # GPT-2 124M
+_SHAPES = {"c_attn": (2304, 768), "c_proj": (768, 768), "c_fc": (3072, 768),
+           "mlp c_proj": (768, 3072), "head": (50257, 768)}  # fmt: skip
+_CACHED_BYTES = 2**27  # more than a processor's caches
+
+
+def median_microseconds(calls: Sequence[Sequence[Callable[[], Tensor]]], rounds: int) -> list[int]:
+    """Median times of alternatives, turn and turn about; each has copies to go through."""
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(rounds + 2):
+        for copies, found in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            copies[turn % len(copies)]()
+            found.append(time.perf_counter() - start)
+    return [round(1e6 * statistics.median(found[2:])) for found in times]
+
+
+def products(rows: int, rounds: int) -> Table:
+    """Bare products, without what surrounds them in a block."""
+    table = Table(title=f"products of {rows} rows, µs")
+    for heading in ("", "bfloat16", "oneDNN bfloat16", "int8", "float32", "oneDNN float32"):
+        table.add_column(heading, justify="right")
+    for name, (num_out, num_in) in _SHAPES.items():
+        calls: list[list[Callable[[], Tensor]]] = [[] for _ in range(5)]
+        for _ in range(max(1, _CACHED_BYTES // (num_out * num_in * 2))):
+            weight, x = torch.randn(num_out, num_in) * 0.02, torch.randn(rows, num_in)
+            half, half_x = weight.bfloat16(), x.bfloat16()
+            kinds = [
+                (FusedLinear(half), half_x),
+                (PackedLinear(half, None), half_x),
+                (FusedLinear(half, quantizes=True), half_x),
+                (FusedLinear(weight), x),
+                (PackedLinear(weight, None), x),
+            ]
+            for kind, (product, given) in zip(calls, kinds, strict=True):
+                kind.append(lambda product=product, given=given: product(given))  # type: ignore[misc]
+        table.add_row(name, *map(str, median_microseconds(calls, rounds)))
+    return table
+
+
+def attention(rounds: int) -> Table:
+    """Attention of one layer over the paged cache."""
+    table = Table(title="attention of a layer, µs")
+    for heading in ("sequences", "rows of each", "last position", "bfloat16", "float32"):
+        table.add_column(heading, justify="right")
+    for num_sequences, rows, length in ((1, 1, 64), (32, 1, 64), (32, 1, 256), (1, 512, 512)):
+        num_blocks = num_sequences * 64 + 1
+        tables = torch.arange(1, num_blocks).view(num_sequences, 64).int()
+        sequences = torch.arange(num_sequences).repeat_interleave(rows)
+        positions = (torch.arange(rows) + length - rows).repeat(num_sequences)
+        batch = ModelInput(
+            tokens=positions, positions=positions, row_sequences=sequences, block_tables=tables,
+            slot_blocks=tables[sequences, positions // 16].long(), slot_offsets=positions % 16,
+        )  # fmt: skip
+        found = []
+        for dtype in (torch.bfloat16, torch.float32):
+            cache = KVCache(
+                _CONFIG, num_blocks=num_blocks, block_size=16, dtype=dtype, device="cpu"
+            )
+            attend = CPUPagedAttention(_CONFIG, cache, batch)
+            q, k, v = torch.randn(len(positions), 3, 12, 64).to(dtype).unbind(1)
+            calls = [
+                lambda layer=layer, attend=attend, q=q, k=k, v=v: attend(layer, q, k, v)
+                for layer in range(_CONFIG.n_layer)
+            ]
+            found += median_microseconds([calls], rounds)
+        table.add_row(*map(str, (num_sequences, rows, length, *found)))
+    return table
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--rounds", type=int, default=30)
+    arguments = parser.parse_args()
+    console = Console()
+    with torch.inference_mode():
+        for rows in arguments.rows:
+            console.print(products(rows, arguments.rounds))
+        console.print(attention(arguments.rounds))
+
+
+if __name__ == "__main__":
+    main()
