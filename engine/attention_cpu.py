@@ -1,6 +1,8 @@
-"""Attention over the paged cache on a CPU: kernels that walk the block table and copy nothing.
+"""Attention over the paged cache on a CPU: tiles of neighbouring rows share the keys they read.
 
-Compiled by numba on first use and cached on the disk: no compiler is needed.
+`write_task` and `attend_task` each do one piece of work for whoever deals pieces out to threads;
+the kernel here is the plainest such. Compiled by numba on first use and cached on the disk: no
+compiler is needed.
 """
 
 import functools
@@ -9,134 +11,235 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba.core import cgutils, types
 from torch import Tensor
 
 from engine.batch import ModelInput
-from engine.cpu_math import FAST_MATH, Array, exp, narrow, same, view, widen
+from engine.cpu_math import FAST_MATH, Array, narrow, same, view, widen
 from engine.kv_cache import KVCache
+from engine.vectors import (
+    LANES,
+    PANEL,
+    ROWS,
+    address,
+    gather_columns,
+    mix,
+    prefetch,
+    put,
+    score,
+    soften,
+)
 from model.config import GPTConfig
+
+_LINE = 64  # bytes that a processor fetches together, and what vectors of 16 float32 are aligned to
+_QUERIES, _COLUMNS, _MIXTURES = 0, 1, 2
+
+_jitable = numba.extending.register_jitable
+
+
+class Tiles:
+    """A step's rows as attention takes them: up to 8 neighbours of one sequence at a time.
+
+    `table` (T, 4) int64 is first row, number of rows, position of the first and row of the block
+    tables; the longest come first. A task is a tile and a head, task = head * T + tile, so that
+    those of one sequence follow each other and find its keys still at hand.
+    """
+
+    def __init__(self, batch: ModelInput) -> None:
+        positions, sequences = batch.positions.numpy(), batch.row_sequences.numpy()
+        num_rows = len(positions)
+        ends = np.ones(num_rows, np.bool_)  # whether the row is the last of a run
+        ends[:-1] = (sequences[1:] != sequences[:-1]) | (positions[1:] != positions[:-1] + 1)
+        last = np.flatnonzero(ends)
+        if len(last) == num_rows:
+            first, counts = last, np.ones(num_rows, np.int64)
+        else:
+            starts = np.concatenate(([0], last[:-1] + 1))
+            tiles_each = (last - starts) // ROWS + 1
+            before = np.cumsum(tiles_each) - tiles_each
+            first = np.repeat(starts - ROWS * before, tiles_each)
+            first += ROWS * np.arange(len(first))
+            counts = np.minimum(np.repeat(last + 1, tiles_each) - first, ROWS)
+        order = np.argsort(-positions[first], kind="stable")
+        first, counts = first[order], counts[order]
+        self.table = np.stack((first, counts, positions[first], sequences[first]), 1)
+        self.length = int(positions.max()) + 1  # of the longest sequence, up to its last row
+
+
+class Scratch:
+    """What threads write while they work on a task: room of each one's own.
+
+    `values` (threads, size) float32, each thread's on lines of its own: scaled queries (D, 8), the
+    columns of four groups of keys, mixtures (8, D rounded up to 16), and scores behind them.
+    `keys` (threads, length) int64: the rows of the cache that hold a tile's keys.
+    """
+
+    def __init__(self, config: GPTConfig, *, num_threads: int, length: int) -> None:
+        length = -(-length // (PANEL * LANES)) * PANEL * LANES + PANEL * LANES
+        size = _places(config.head_size)[3] + ROWS * length
+        space = np.empty(num_threads * size + _LINE, np.float32)
+        skipped = -space.ctypes.data % _LINE // space.itemsize
+        self.values = space[skipped : skipped + num_threads * size].reshape(num_threads, size)
+        self.keys = np.empty((num_threads, length), np.int64)
 
 
 class CPUPagedAttention:
     """An `Attend` equal to `PagedAttention`, for caches in float32 and bfloat16.
 
-    Every row and head is computed by itself, keys in the order of their positions, so a row's
-    result does not depend on which rows came with it: the same bytes alone, batched or chunked.
+    A row's result is the same arithmetic in the same order whatever tile it is in: the same bytes
+    alone, batched or chunked, and for any size of blocks.
     """
 
     def __init__(self, config: GPTConfig, cache: KVCache, batch: ModelInput) -> None:
         self._scales = [config.attention_scale(layer) for layer in range(config.n_layer)]
         self._cache = cache
-        self._positions = batch.positions.numpy()
         self._tables = batch.block_tables.numpy()
-        self._row_sequences = batch.row_sequences.numpy()
         self._blocks = batch.slot_blocks.numpy()
         self._offsets = batch.slot_offsets.numpy()
-        num_tasks = len(self._positions) * config.n_head
-        longest = int(self._positions.max()) + 1
-        self._scores = np.empty((num_tasks, longest), np.float32)
+        tiles = Tiles(batch)
+        self._tiles = tiles.table
+        self._scratch = Scratch(config, num_threads=numba.get_num_threads(), length=tiles.length)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend in layer `layer`: q, k, v (N, H, D) -> (N, H, D)."""
         out = torch.empty(q.shape, dtype=q.dtype)
-        _compile(q.dtype, q.shape[-1])(
-            view(q.contiguous()), view(k.contiguous()), view(v.contiguous()),
-            view(self._cache.k[layer]), view(self._cache.v[layer]),
-            self._positions, self._row_sequences, self._tables, self._blocks, self._offsets,
-            np.float32(self._scales[layer]), self._scores, view(out),
+        _compile(q.dtype)(
+            view(torch.stack((q, k, v), 1).view(len(q), -1)), layer,
+            np.float32(self._scales[layer]), view(self._cache.k), view(self._cache.v),
+            self._blocks, self._offsets, self._tables, self._tiles, self._scratch.values,
+            self._scratch.keys, view(out.view(len(q), -1)),
         )  # fmt: skip
         return out
 
 
-@numba.extending.intrinsic(prefer_literal=True)
-def _prefetch(context: Any, cache: Any, block: Any, head: Any, place: Any, num_bytes: Any) -> Any:
-    """Ask for the `num_bytes` from cache[block, head, place] on, without waiting for them."""
+@_jitable
+def _places(size: Any) -> Any:
+    """Where in a thread's values columns, mixtures and scores begin, and what is between two."""
+    channels = -(-size // 64) * 64  # of one group's columns
+    mixtures = -(-size // LANES) * LANES  # of one row
+    columns = ROWS * size
+    columns += -columns % LANES
+    begin = columns + PANEL * LANES * channels
+    return columns, channels, begin, begin + ROWS * mixtures, mixtures
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = signature.args[0]
-        array = context.make_array(kind)(context, builder, arguments[0])
-        indices = [*arguments[1:4], ir.Constant(arguments[1].type, 0)]
-        start = cgutils.get_item_pointer(context, builder, kind, array, indices)
-        byte, number = ir.IntType(8), ir.IntType(32)
-        address = builder.bitcast(start, byte.as_pointer())
-        prefetch = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [byte.as_pointer(), number, number, number]),
-            "llvm.prefetch.p0",
-        )
-        for line in range(0, num_bytes.literal_value, 64):
-            at = builder.gep(address, [ir.Constant(number, line)])
-            builder.call(prefetch, [at, *(ir.Constant(number, n) for n in (0, 3, 1))])
-        return context.get_dummy_value()
 
-    return types.void(cache, block, head, place, num_bytes), generate
+@_jitable
+def write_task(
+    row: Any, layer: Any, qkv: Array, load: Any, keep: Any, cache_k: Array, cache_v: Array,
+    blocks: Array, offsets: Array,
+) -> None:  # fmt: skip
+    """Store keys and values of one row, of qkv (N, 3 C), in its place of the cache.
+
+    All rows of a step come before any `attend_task`: rows may share blocks filled right now.
+    `load` reads as float32, `keep` rounds to what the cache holds.
+    """
+    # Indices are unsigned: one that might be negative keeps a loop from being vectorised, and a
+    # slice counts its references, which threads would wait for.
+    row, layer = np.uintp(row), np.uintp(layer)
+    block, offset = np.uintp(blocks[row]), np.uintp(offsets[row])
+    num_heads, size = np.uintp(cache_k.shape[2]), np.uintp(cache_k.shape[4])
+    width = num_heads * size
+    for head in range(num_heads):
+        key, value = width + head * size, np.uintp(2) * width + head * size
+        for d in range(size):
+            cache_k[layer, block, head, offset, d] = keep(load(qkv[row, key + d]))
+            cache_v[layer, block, head, offset, d] = keep(load(qkv[row, value + d]))
+
+
+@_jitable
+def attend_task(
+    task: Any, thread: Any, layer: Any, scale: Any, qkv: Array, load: Any, cache_k: Array,
+    cache_v: Array, tables: Array, tiles: Array, values: Array, keys: Array, out: Array,
+) -> None:  # fmt: skip
+    """Attend with the rows of one tile and one head, of qkv (N, 3 C), into out (N, C).
+
+    Tasks are 0 to `len(tiles)` times the heads. `thread` says which of the scratch's `values` and
+    `keys` are the caller's alone. `load` reads as float32; out holds float32 or bfloat16's bits.
+    """
+    num_tiles = np.uintp(len(tiles))
+    head = np.uintp(task) // num_tiles
+    tile = np.uintp(task) - head * num_tiles
+    first_row, num_rows = np.uintp(tiles[tile, 0]), np.uintp(tiles[tile, 1])
+    first_length = np.uintp(tiles[tile, 2] + 1)  # keys that the first row sees
+    length = first_length + num_rows - np.uintp(1)
+    thread, size = np.uintp(thread), np.uintp(cache_k.shape[4])
+    columns, channels, mixtures, scores, stride = _places(cache_k.shape[4])
+
+    _list_keys(layer, head, tables, np.uintp(tiles[tile, 3]), length, cache_k, thread, keys)
+    for r in range(np.uintp(ROWS)):
+        for d in range(size):
+            at = d * np.uintp(ROWS) + r
+            if r < num_rows:
+                values[thread, at] = load(qkv[first_row + r, head * size + d]) * scale
+            else:
+                values[thread, at] = np.float32(0)
+
+    keys_at = address(keys, thread, 0)
+    num_groups = (np.intp(length) + LANES - 1) // LANES
+    for panel in range(0, num_groups, PANEL):
+        count: Any = min(PANEL, num_groups - panel)
+        for index in range(count):
+            first = (panel + index) * LANES
+            if num_rows == 1:
+                # The blocks of a sequence lie anywhere, where no processor looks ahead.
+                prefetch(cache_k, keys_at, min(first + LANES, (num_groups - 1) * LANES))
+                prefetch(cache_v, keys_at, first)
+            out_at = address(values, thread, columns + index * channels * LANES)
+            gather_columns(cache_k, keys_at, first, out_at)
+        score(
+            num_rows, address(values, thread, 0), address(values, thread, columns),
+            channels * LANES * 4, size, count,
+            address(values, thread, scores + panel * LANES * ROWS),
+        )  # fmt: skip
+    totals = np.uintp(0)  # the queries have done their duty
+    for r in range(num_rows):
+        at = address(values, thread, scores + np.intp(r) * LANES)
+        values[thread, totals + r] = np.float32(1) / soften(at, first_length + r)
+    mix(
+        num_rows, cache_v, keys_at, address(values, thread, scores), first_length,
+        address(values, thread, mixtures), stride * 4,
+    )  # fmt: skip
+    for r in range(num_rows):
+        at = address(values, thread, mixtures + np.intp(r) * stride)
+        put(out, first_row + r, head * size, at, values[thread, totals + r], size)
+
+
+@_jitable
+def _list_keys(
+    layer: Any, head: Any, tables: Array, table_row: Any, length: Any, cache: Array, thread: Any,
+    keys: Array,
+) -> None:  # fmt: skip
+    """List the cache's rows with a sequence's keys for one head, by position."""
+    num_blocks, num_heads = np.uintp(cache.shape[1]), np.uintp(cache.shape[2])
+    block_size = np.uintp(cache.shape[3])
+    first = np.uintp(0)
+    for at in range((length + block_size - np.uintp(1)) // block_size):
+        block = np.uintp(layer) * num_blocks + np.uintp(tables[table_row, at])
+        row = (block * num_heads + head) * block_size
+        for place in range(min(block_size, length - first)):
+            keys[thread, first + place] = np.intp(row + place)
+        first += block_size
+    # Groups are of 16 keys and tiles of 8 rows, so some more are read, and do not count.
+    last = keys[thread, length - np.uintp(1)]
+    for place in range(length, length + np.uintp(LANES + ROWS)):
+        keys[thread, place] = last
 
 
 @functools.cache
-def _compile(dtype: torch.dtype, size: int) -> Any:
-    """Build the kernel for a type of numbers and a head size, which unrolls the inner loops."""
+def _compile(dtype: torch.dtype) -> Any:
+    """Build the kernel for a type of numbers."""
     load, store = (widen, narrow) if dtype == torch.bfloat16 else (same, same)
-    key_bytes = size * dtype.itemsize
 
     @numba.njit(parallel=True, nogil=True, cache=True, boundscheck=False, fastmath=FAST_MATH)
     def attend(
-        q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array,
-        positions: Array, row_sequences: Array, tables: Array, blocks: Array, offsets: Array,
-        scale: Any, scores: Array, out: Array,
+        qkv: Array, layer: Any, scale: Any, cache_k: Array, cache_v: Array, blocks: Array,
+        offsets: Array, tables: Array, tiles: Array, values: Array, keys: Array, out: Array,
     ) -> None:  # fmt: skip
-        num_rows, num_heads, _ = q.shape
-        block_size = np.uintp(cache_k.shape[2])
-        # Indices are unsigned: one that might be negative keeps a loop from being vectorised, and
-        # a slice counts its references, which threads would wait for. Everything is written
-        # before anything is read: rows may share blocks that are filled right now.
-        for i in numba.prange(num_rows):
-            row, block, offset = np.uintp(i), np.uintp(blocks[i]), np.uintp(offsets[i])
-            for j in range(num_heads):
-                head = np.uintp(j)
-                for d in range(size):
-                    cache_k[block, head, offset, d] = k[row, head, d]
-                    cache_v[block, head, offset, d] = v[row, head, d]
-        # Rows of one head follow each other: those of one sequence find its keys still at hand.
-        for i in numba.prange(num_rows * num_heads):
-            task = np.uintp(i)
-            head = np.uintp(i // num_rows)
-            row = np.uintp(i - (i // num_rows) * num_rows)
-            length = np.uintp(positions[row] + 1)
-            table_row = np.uintp(row_sequences[row])
-            query = np.empty(size, np.float32)
-            for d in range(size):
-                query[d] = load(q[row, head, d]) * scale
-            highest = np.float32(-np.inf)
-            num_blocks: Any = (length + block_size - np.uintp(1)) // block_size
-            for at in range(num_blocks):
-                block, first = np.uintp(tables[table_row, at]), at * block_size
-                next_block = np.uintp(
-                    tables[table_row, min(at + np.uintp(1), num_blocks - np.uintp(1))]
-                )
-                for place in range(min(block_size, length - first)):
-                    # The blocks of a sequence lie anywhere, where no processor looks ahead.
-                    _prefetch(cache_k, next_block, head, place, key_bytes)
-                    _prefetch(cache_v, block, head, place, key_bytes)
-                    score = np.float32(0)
-                    for d in range(size):
-                        score += query[d] * load(cache_k[block, head, place, d])
-                    scores[task, first + place] = score
-                    highest = score if score > highest else highest
-            total = np.float32(0)
-            for at in range(length):
-                weight = exp(scores[task, at] - highest)
-                scores[task, at] = weight
-                total += weight
-            mixture = np.zeros(size, np.float32)
-            for at in range(num_blocks):
-                block, first = np.uintp(tables[table_row, at]), at * block_size
-                for place in range(min(block_size, length - first)):
-                    weight = scores[task, first + place]
-                    for d in range(size):
-                        mixture[d] += weight * load(cache_v[block, head, place, d])
-            for d in range(size):
-                out[row, head, d] = store(mixture[d] / total)
+        for row in numba.prange(len(qkv)):
+            write_task(row, layer, qkv, load, store, cache_k, cache_v, blocks, offsets)
+        for task in numba.prange(len(tiles) * cache_k.shape[2]):
+            attend_task(
+                task, numba.get_thread_id(), layer, scale, qkv, load, cache_k, cache_v, tables,
+                tiles, values, keys, out,
+            )  # fmt: skip
 
     return attend

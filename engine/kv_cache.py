@@ -8,6 +8,9 @@ from torch import Tensor
 
 from model.config import GPTConfig
 
+# Kernels on a CPU read whole vectors, and so past the end of the last row.
+_SLACK_BYTES = 64
+
 
 class KVCache:
     """Keys and values of all layers: two tensors (n_layer, num_blocks, H, block_size, D).
@@ -54,5 +57,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    count = math.prod(shape)
+    pages = mmap.mmap(-1, count * dtype.itemsize + _SLACK_BYTES, flags=mmap.MAP_PRIVATE)
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
