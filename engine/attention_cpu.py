@@ -5,7 +5,6 @@ the kernel here is the plainest such. Compiled by numba on first use and cached 
 compiler is needed.
 """
 
-import functools
 from typing import Any
 
 import numba
@@ -14,14 +13,16 @@ import torch
 from torch import Tensor
 
 from engine.batch import ModelInput
-from engine.cpu_math import FAST_MATH, Array, narrow, same, view, widen
+from engine.cpu_math import FAST_MATH, Array, view
 from engine.kv_cache import KVCache
 from engine.vectors import (
     LANES,
     PANEL,
     ROWS,
     address,
+    ask,
     gather_columns,
+    keep,
     mix,
     prefetch,
     put,
@@ -31,7 +32,6 @@ from engine.vectors import (
 from model.config import GPTConfig
 
 _LINE = 64  # bytes that a processor fetches together, and what vectors of 16 float32 are aligned to
-_QUERIES, _COLUMNS, _MIXTURES = 0, 1, 2
 
 _jitable = numba.extending.register_jitable
 
@@ -102,7 +102,7 @@ class CPUPagedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend in layer `layer`: q, k, v (N, H, D) -> (N, H, D)."""
         out = torch.empty(q.shape, dtype=q.dtype)
-        _compile(q.dtype)(
+        _attend(
             view(torch.stack((q, k, v), 1).view(len(q), -1)), layer,
             np.float32(self._scales[layer]), view(self._cache.k), view(self._cache.v),
             self._blocks, self._offsets, self._tables, self._tiles, self._scratch.values,
@@ -116,62 +116,54 @@ def _places(size: Any) -> Any:
     """Where in a thread's values columns, mixtures and scores begin, and what is between two."""
     channels = -(-size // 64) * 64  # of one group's columns
     mixtures = -(-size // LANES) * LANES  # of one row
-    columns = ROWS * size
-    columns += -columns % LANES
+    columns = ROWS * mixtures
     begin = columns + PANEL * LANES * channels
     return columns, channels, begin, begin + ROWS * mixtures, mixtures
 
 
 @_jitable
 def write_task(
-    row: Any, layer: Any, qkv: Array, load: Any, keep: Any, cache_k: Array, cache_v: Array,
-    blocks: Array, offsets: Array,
-) -> None:  # fmt: skip
+    row: Any, layer: Any, qkv: Array, cache_k: Array, cache_v: Array, blocks: Array, offsets: Array
+) -> None:
     """Store keys and values of one row, of qkv (N, 3 C), in its place of the cache.
 
     All rows of a step come before any `attend_task`: rows may share blocks filled right now.
-    `load` reads as float32, `keep` rounds to what the cache holds.
     """
-    # Indices are unsigned: one that might be negative keeps a loop from being vectorised, and a
-    # slice counts its references, which threads would wait for.
-    row, layer = np.uintp(row), np.uintp(layer)
-    block, offset = np.uintp(blocks[row]), np.uintp(offsets[row])
-    num_heads, size = np.uintp(cache_k.shape[2]), np.uintp(cache_k.shape[4])
-    width = num_heads * size
+    num_heads, block_size = cache_k.shape[2], cache_k.shape[3]
+    width = qkv.shape[1] // 3
+    size = width // num_heads
+    place = (np.intp(layer) * cache_k.shape[1] + blocks[row]) * num_heads * block_size
+    place += offsets[row]
     for head in range(num_heads):
-        key, value = width + head * size, np.uintp(2) * width + head * size
-        for d in range(size):
-            cache_k[layer, block, head, offset, d] = keep(load(qkv[row, key + d]))
-            cache_v[layer, block, head, offset, d] = keep(load(qkv[row, value + d]))
+        number = place + head * block_size
+        keep(qkv, row, width + head * size, size, cache_k, number)
+        keep(qkv, row, 2 * width + head * size, size, cache_v, number)
 
 
 @_jitable
 def attend_task(
-    task: Any, thread: Any, layer: Any, scale: Any, qkv: Array, load: Any, cache_k: Array,
-    cache_v: Array, tables: Array, tiles: Array, values: Array, keys: Array, out: Array,
+    task: Any, thread: Any, layer: Any, scale: Any, qkv: Array, cache_k: Array, cache_v: Array,
+    tables: Array, tiles: Array, values: Array, keys: Array, out: Array,
 ) -> None:  # fmt: skip
     """Attend with the rows of one tile and one head, of qkv (N, 3 C), into out (N, C).
 
     Tasks are 0 to `len(tiles)` times the heads. `thread` says which of the scratch's `values` and
-    `keys` are the caller's alone. `load` reads as float32; out holds float32 or bfloat16's bits.
+    `keys` are the caller's alone. qkv and out are each float32 or bfloat16's bits.
     """
+    # Indices are unsigned: one that might be negative keeps a loop from being vectorised, and a
+    # slice counts its references, which threads would wait for.
     num_tiles = np.uintp(len(tiles))
     head = np.uintp(task) // num_tiles
     tile = np.uintp(task) - head * num_tiles
     first_row, num_rows = np.uintp(tiles[tile, 0]), np.uintp(tiles[tile, 1])
     first_length = np.uintp(tiles[tile, 2] + 1)  # keys that the first row sees
     length = first_length + num_rows - np.uintp(1)
-    thread, size = np.uintp(thread), np.uintp(cache_k.shape[4])
-    columns, channels, mixtures, scores, stride = _places(cache_k.shape[4])
+    head_size = qkv.shape[1] // 3 // cache_k.shape[2]
+    thread, size = np.uintp(thread), np.uintp(head_size)
+    columns, channels, mixtures, scores, stride = _places(head_size)
 
     _list_keys(layer, head, tables, np.uintp(tiles[tile, 3]), length, cache_k, thread, keys)
-    for r in range(np.uintp(ROWS)):
-        for d in range(size):
-            at = d * np.uintp(ROWS) + r
-            if r < num_rows:
-                values[thread, at] = load(qkv[first_row + r, head * size + d]) * scale
-            else:
-                values[thread, at] = np.float32(0)
+    ask(qkv, first_row, num_rows, head * size, size, scale, address(values, thread, 0))
 
     keys_at = address(keys, thread, 0)
     num_groups = (np.intp(length) + LANES - 1) // LANES
@@ -224,22 +216,15 @@ def _list_keys(
         keys[thread, place] = last
 
 
-@functools.cache
-def _compile(dtype: torch.dtype) -> Any:
-    """Build the kernel for a type of numbers."""
-    load, store = (widen, narrow) if dtype == torch.bfloat16 else (same, same)
-
-    @numba.njit(parallel=True, nogil=True, cache=True, boundscheck=False, fastmath=FAST_MATH)
-    def attend(
-        qkv: Array, layer: Any, scale: Any, cache_k: Array, cache_v: Array, blocks: Array,
-        offsets: Array, tables: Array, tiles: Array, values: Array, keys: Array, out: Array,
-    ) -> None:  # fmt: skip
-        for row in numba.prange(len(qkv)):
-            write_task(row, layer, qkv, load, store, cache_k, cache_v, blocks, offsets)
-        for task in numba.prange(len(tiles) * cache_k.shape[2]):
-            attend_task(
-                task, numba.get_thread_id(), layer, scale, qkv, load, cache_k, cache_v, tables,
-                tiles, values, keys, out,
-            )  # fmt: skip
-
-    return attend
+@numba.njit(parallel=True, nogil=True, cache=True, boundscheck=False, fastmath=FAST_MATH)
+def _attend(
+    qkv: Array, layer: Any, scale: Any, cache_k: Array, cache_v: Array, blocks: Array,
+    offsets: Array, tables: Array, tiles: Array, values: Array, keys: Array, out: Array,
+) -> None:  # fmt: skip
+    for row in numba.prange(len(qkv)):
+        write_task(row, layer, qkv, cache_k, cache_v, blocks, offsets)
+    for task in numba.prange(len(tiles) * cache_k.shape[2]):
+        attend_task(
+            task, numba.get_thread_id(), layer, scale, qkv, cache_k, cache_v, tables, tiles,
+            values, keys, out,
+        )  # fmt: skip

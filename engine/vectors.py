@@ -27,7 +27,8 @@ _word = ir.IntType(32)
 _float = ir.FloatType()
 _words = ir.VectorType(_word, LANES)
 _floats = ir.VectorType(_float, LANES)
-_line = 64  # bytes that a processor fetches together
+_WHOLE = 1.5 * 2**23  # added to a float32, it rounds to whole numbers, in the lowest bits
+_LINE = 64  # bytes that a processor fetches together
 
 
 @numba.extending.intrinsic
@@ -35,26 +36,31 @@ def address(context: Any, array: Any, row: Any, column: Any) -> Any:
     """Where array[row, column] lies, of an array whose rows are contiguous."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        made = context.make_array(signature.args[0])(context, builder, arguments[0])
-        row_stride = builder.extract_value(made.strides, 0)
-        column_stride = builder.extract_value(made.strides, 1)
-        offset = builder.add(
-            builder.mul(arguments[1], row_stride), builder.mul(arguments[2], column_stride)
-        )
-        return builder.add(builder.ptrtoint(made.data, _size), offset)
+        return _place(context, builder, signature.args[0], *arguments)[0]
 
     return types.intp(array, types.intp, types.intp), generate
 
 
 class _Cache:
-    """A cache array (layers, blocks, H, block_size, D) in IR: rows of D numbers of some type."""
+    """A cache array (layers, blocks, H, block_size, ...) in IR: rows of D numbers of some type.
+
+    float32, bfloat16 as bits, or 8-bit codes; behind those lies the scale of the row, a float32.
+    """
 
     def __init__(self, context: Any, builder: Any, kind: Any, array: Any) -> None:
         made = context.make_array(kind)(context, builder, array)
         self.data = builder.ptrtoint(made.data, _size)
         self.row_bytes = builder.extract_value(made.strides, 3)
         self.item_bytes = numpy_support.as_dtype(kind.dtype).itemsize
+        self.has_scales = self.item_bytes == 1
+        self.value_bytes = self.row_bytes
+        if self.has_scales:
+            self.value_bytes = builder.sub(self.row_bytes, _number(4))
         self._builder = builder
+
+    def scale(self, row: Any) -> Any:
+        """The scale of the row at an address."""
+        return _load(self._builder, self._builder.add(row, self.value_bytes), _float, 1)
 
     def row(self, keys: Any, at: Any) -> Any:
         """The address of the row that the list `keys` of row numbers names at place `at`."""
@@ -63,15 +69,12 @@ class _Cache:
         return builder.add(self.data, builder.mul(number, self.row_bytes))
 
     def load(self, place: Any) -> Any:
-        """16 numbers from an address on, as float32."""
+        """16 numbers from an address on, as float32; codes want their scale yet."""
         builder = self._builder
-        if self.item_bytes == 4:
-            return _load(builder, place, _floats, 4)
-        if self.item_bytes == 2:
-            bits = _load(builder, place, ir.VectorType(ir.IntType(16), LANES), 2)
-            return _upper_half(builder, builder.zext(bits, _words))
-        codes = _load(builder, place, ir.VectorType(_byte, LANES), 1)
-        return builder.sitofp(builder.sext(codes, _words), _floats)
+        if self.has_scales:
+            codes = _load(builder, place, ir.VectorType(_byte, LANES), 1)
+            return builder.sitofp(builder.sext(codes, _words), _floats)
+        return _widen(builder, _load(builder, place, _vector(self.item_bytes), self.item_bytes))
 
     def split(self, words: Any) -> list[Any]:
         """The numbers that lie in vectors of 4 bytes of 16 rows: a float32 vector for each."""
@@ -91,27 +94,65 @@ class _Cache:
 
 
 @numba.extending.intrinsic
+def ask(
+    context: Any, qkv: Any, row: Any, rows: Any, column: Any, size: Any, scale: Any, queries: Any
+) -> Any:
+    """Bring D numbers of up to 8 rows, from qkv[row, column] on, into queries (D, 8), scaled.
+
+    `queries` has room for D rounded up to 16. Behind the last row it is repeated.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        qkv, row, rows, column, size, scale, queries = arguments
+        last = builder.sub(rows, _number(1))
+        starts = []
+        for number in range(ROWS):
+            this = builder.select(
+                builder.icmp_signed("<", last, _number(number)), last, _number(number)
+            )
+            this = builder.add(row, this)
+            start, item_bytes = _place(context, builder, signature.args[0], qkv, this, column)
+            starts.append(start)
+        factor = _splat(builder, scale)
+
+        def turn(d: Any, mask: Any) -> None:
+            offset = builder.mul(d, _number(item_bytes))
+            square = [ir.Constant(_words, None)] * LANES
+            for number, start in enumerate(starts):
+                place = builder.add(start, offset)
+                values = _widen(builder, _load_some(builder, place, item_bytes, mask))
+                square[number] = builder.bitcast(builder.fmul(values, factor), _words)
+            out = builder.add(queries, builder.mul(d, _number(4 * ROWS)))
+            half = ir.Constant(ir.VectorType(_word, ROWS), list(range(ROWS)))
+            for index, words in enumerate(_transpose(builder, square)):
+                words = builder.shuffle_vector(words, words, half)
+                place = builder.add(out, _number(4 * ROWS * index))
+                pointer = builder.inttoptr(place, words.type.as_pointer())
+                builder.store(words, pointer, align=4 * ROWS)
+
+        _vectors(builder, size, turn)
+        return context.get_dummy_value()
+
+    place = types.intp
+    return types.void(qkv, place, place, place, place, types.float32, place), generate
+
+
+@numba.extending.intrinsic
 def prefetch(context: Any, cache: Any, keys: Any, first: Any) -> Any:
     """Ask for 16 rows of the cache, those listed from keys[first] on, without waiting for them."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rows = _Cache(context, builder, signature.args[0], arguments[0])
-        pointer = _byte.as_pointer()
-        fetch = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [pointer, _word, _word, _word]),
-            "llvm.prefetch.p0",
-        )
         options = [ir.Constant(_word, value) for value in (0, 3, 1)]
         for lane in range(LANES):
             row = rows.row(arguments[1], builder.add(arguments[2], _number(lane)))
 
             def fetch_line(offset: Any, _: Sequence[Any], row: Any = row) -> list[Any]:
-                place = builder.inttoptr(builder.add(row, offset), pointer)
-                builder.call(fetch, [place, *options])
+                place = builder.inttoptr(builder.add(row, offset), _byte.as_pointer())
+                _call(builder, "llvm.prefetch.p0", ir.VoidType(), place, *options)
                 return []
 
-            _loop(builder, _number(0), rows.row_bytes, _line, [], fetch_line)
+            _loop(builder, _number(0), rows.row_bytes, _LINE, [], fetch_line)
         return context.get_dummy_value()
 
     return types.void(cache, types.intp, types.intp), generate
@@ -130,6 +171,11 @@ def gather_columns(context: Any, cache: Any, keys: Any, first: Any, columns: Any
             rows.row(arguments[1], builder.add(arguments[2], _number(lane)))
             for lane in range(LANES)
         ]
+        scales = ir.Constant(_floats, ir.Undefined)
+        if rows.has_scales:
+            for lane, start in enumerate(starts):
+                place = ir.Constant(_word, lane)
+                scales = builder.insert_element(scales, rows.scale(start), place)
 
         def turn(offset: Any, _: Sequence[Any]) -> list[Any]:
             # A last row of the cache is read past its end; who allocates it leaves room.
@@ -141,11 +187,13 @@ def gather_columns(context: Any, cache: Any, keys: Any, first: Any, columns: Any
             out = builder.add(arguments[3], builder.mul(offset, factor))
             for place, words in enumerate(_transpose(builder, square)):
                 for index, column in enumerate(rows.split(words)):
+                    if rows.has_scales:
+                        column = builder.fmul(column, scales)
                     at = 4 // rows.item_bytes * place + index
                     _store(builder, column, builder.add(out, _number(4 * LANES * at)))
             return []
 
-        _loop(builder, _number(0), rows.row_bytes, 4 * LANES, [], turn)
+        _loop(builder, _number(0), rows.value_bytes, 4 * LANES, [], turn)
         return context.get_dummy_value()
 
     return types.void(cache, types.intp, types.intp, types.intp), generate
@@ -285,11 +333,15 @@ def mix(
                 across = builder.mul(builder.udiv(offset, _number(4)), _number(values.item_bytes))
 
                 def take(key: Any, weight: Any, totals: Sequence[Any], skips: int) -> list[Any]:
-                    row = builder.add(values.row(keys, key), across)
+                    row = values.row(keys, key)
+                    begin = builder.add(row, across)
                     found = [
-                        values.load(builder.add(row, _number(bytes_each * index)))
+                        values.load(builder.add(begin, _number(bytes_each * index)))
                         for index in range(several)
                     ]
+                    if values.has_scales:
+                        scale = _splat(builder, values.scale(row))
+                        found = [builder.fmul(v, scale) for v in found]
                     after = list(totals)
                     for r in range(some):
                         if first + r < skips:
@@ -341,39 +393,79 @@ def put(context: Any, out: Any, row: Any, column: Any, mixture: Any, factor: Any
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         out, row, column, mixture, factor, size = arguments
-        made = context.make_array(signature.args[0])(context, builder, out)
-        item_bytes = numpy_support.as_dtype(signature.args[0].dtype).itemsize
-        begin = builder.add(
-            builder.mul(row, builder.extract_value(made.strides, 0)),
-            builder.mul(column, _number(item_bytes)),
-        )
-        begin = builder.add(builder.ptrtoint(made.data, _size), begin)
+        begin, item_bytes = _place(context, builder, signature.args[0], out, row, column)
         factors = _splat(builder, factor)
-        kind = _floats if item_bytes == 4 else ir.VectorType(ir.IntType(16), LANES)
-        mask_type = ir.VectorType(ir.IntType(1), LANES)
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [kind, kind.as_pointer(), _word, mask_type]),
-            f"llvm.masked.store.v16{'f32' if item_bytes == 4 else 'i16'}.p0",
-        )
-        lanes = ir.Constant(_words, list(range(LANES)))
 
-        def write(d: Any, _: Sequence[Any]) -> list[Any]:
+        def write(d: Any, mask: Any) -> None:
             values = _load(builder, builder.add(mixture, builder.mul(d, _number(4))), _floats, 64)
-            values = builder.fmul(values, factors)
-            if item_bytes == 2:
-                values = _narrow(builder, values)
-            left = _splat(builder, builder.trunc(builder.sub(size, d), _word))
+            values = _narrow(builder, builder.fmul(values, factors), item_bytes)
             place = builder.add(begin, builder.mul(d, _number(item_bytes)))
-            pointer = builder.inttoptr(place, kind.as_pointer())
-            inside = builder.icmp_signed("<", lanes, left)
-            builder.call(function, [values, pointer, ir.Constant(_word, item_bytes), inside])
-            return []
+            _store_some(builder, values, place, mask)
 
-        _loop(builder, _number(0), size, LANES, [], write)
+        _vectors(builder, size, write)
         return context.get_dummy_value()
 
     signature = (out, types.intp, types.intp, types.intp, types.float32, types.intp)
+    return types.void(*signature), generate
+
+
+@numba.extending.intrinsic
+def keep(
+    context: Any, qkv: Any, row: Any, column: Any, size: Any, cache: Any, number: Any
+) -> Any:  # fmt: skip
+    """Store qkv[row, column] and on, D numbers in float32 or bfloat16, as a row of the cache.
+
+    8-bit codes are of the row's own scale, which lets its largest number be 127. What is not
+    finite makes the scale NaN, so the row breaks whatever reads it.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        qkv, row, column, size, cache, number = arguments
+        rows = _Cache(context, builder, signature.args[4], cache)
+        out = builder.add(rows.data, builder.mul(number, rows.row_bytes))
+        begin, item_bytes = _place(context, builder, signature.args[0], qkv, row, column)
+
+        def read(d: Any, mask: Any) -> Any:
+            place = builder.add(begin, builder.mul(d, _number(item_bytes)))
+            return _widen(builder, _load_some(builder, place, item_bytes, mask))
+
+        factors = None
+        if rows.has_scales:
+            zeros = ir.Constant(_floats, None)
+
+            def look(d: Any, carried: Sequence[Any], mask: Any) -> list[Any]:
+                values = read(d, mask)
+                magnitudes = _call(builder, "llvm.fabs.v16f32", _floats, values)
+                nothing = builder.fmul(values, zeros)  # NaN where not finite
+                return [
+                    _larger(builder, magnitudes, carried[0]),
+                    builder.fadd(carried[1], nothing),
+                ]
+
+            largest, broken = _vectors_with(builder, size, [zeros, zeros], look)
+            largest = _fold(builder, largest, _larger)
+            broken = _fold(builder, broken, lambda builder, a, b: builder.fadd(a, b))
+            most = ir.Constant(_float, 127.0)
+            scale = builder.fadd(builder.fdiv(largest, most), broken)
+            place = builder.add(out, rows.value_bytes)
+            builder.store(scale, builder.inttoptr(place, _float.as_pointer()), align=1)
+            factors = _splat(builder, builder.fdiv(most, largest))
+
+        def write(d: Any, mask: Any) -> None:
+            values = read(d, mask)
+            if factors is None:
+                values = _narrow(builder, values, rows.item_bytes)
+            else:
+                shifted = _multiply_add(builder, values, factors, _floats_of(_WHOLE))
+                codes = builder.bitcast(shifted, _words)
+                values = builder.trunc(codes, ir.VectorType(_byte, LANES))
+            place = builder.add(out, builder.mul(d, _number(rows.item_bytes)))
+            _store_some(builder, values, place, mask)
+
+        _vectors(builder, size, write)
+        return context.get_dummy_value()
+
+    signature = (qkv, types.intp, types.intp, types.intp, cache, types.intp)
     return types.void(*signature), generate
 
 
@@ -407,31 +499,123 @@ def _broadcast(builder: Any, place: Any) -> Any:
     return _splat(builder, _load(builder, place, _float, 4))
 
 
+def _place(
+    context: Any, builder: Any, kind: Any, array: Any, row: Any, column: Any
+) -> tuple[Any, int]:
+    """Where array[row, column] lies, its numbers side by side, and how long each is."""
+    made = context.make_array(kind)(context, builder, array)
+    item_bytes = numpy_support.as_dtype(kind.dtype).itemsize
+    begin = builder.add(
+        builder.mul(row, builder.extract_value(made.strides, 0)),
+        builder.mul(column, _number(item_bytes)),
+    )
+    return builder.add(builder.ptrtoint(made.data, _size), begin), item_bytes
+
+
+def _vector(item_bytes: int) -> Any:
+    """The type of 16 float32 or, in 2 bytes each, 16 bfloat16."""
+    return _floats if item_bytes == 4 else ir.VectorType(ir.IntType(16), LANES)
+
+
+def _vectors(builder: Any, size: Any, body: Callable[[Any, Any], None]) -> None:
+    """Go over `size` numbers by 16; `body` gets a mask for the last ones, None before."""
+
+    def with_nothing(d: Any, _: Sequence[Any], mask: Any) -> list[Any]:
+        body(d, mask)
+        return []
+
+    _vectors_with(builder, size, [], with_nothing)
+
+
+def _vectors_with(
+    builder: Any,
+    size: Any,
+    carried: Sequence[Any],
+    body: Callable[[Any, Sequence[Any], Any], list[Any]],
+) -> list[Any]:
+    """Go over `size` numbers by 16, as `_loop` does, with a mask for the last ones."""
+    full = builder.and_(size, _number(-LANES))
+    carried = _loop(builder, _number(0), full, LANES, carried, lambda d, c: body(d, c, None))
+
+    def rest(d: Any, carried: Sequence[Any]) -> list[Any]:
+        left = _splat(builder, builder.trunc(builder.sub(size, d), _word))
+        lanes = ir.Constant(_words, list(range(LANES)))
+        return body(d, carried, builder.icmp_signed("<", lanes, left))
+
+    return _loop(builder, full, size, LANES, carried, rest)
+
+
+def _load_some(builder: Any, place: Any, item_bytes: int, mask: Any) -> Any:
+    """16 numbers, and zeros where there is a mask and it is not set."""
+    kind = _vector(item_bytes)
+    if mask is None:
+        return _load(builder, place, kind, item_bytes)
+    pointer = builder.inttoptr(place, kind.as_pointer())
+    align = ir.Constant(_word, item_bytes)
+    name = f"llvm.masked.load.{_suffix(kind)}.p0"
+    return _call(builder, name, kind, pointer, align, mask, ir.Constant(kind, None))
+
+
+def _store_some(builder: Any, values: Any, place: Any, mask: Any) -> None:
+    """Store 16 numbers, or those whose mask is set."""
+    kind = values.type
+    item_bytes = {"v16f32": 4, "v16i16": 2, "v16i8": 1}[_suffix(kind)]
+    pointer = builder.inttoptr(place, kind.as_pointer())
+    if mask is None:
+        builder.store(values, pointer, align=item_bytes)
+        return
+    align = ir.Constant(_word, item_bytes)
+    name = f"llvm.masked.store.{_suffix(kind)}.p0"
+    _call(builder, name, ir.VoidType(), values, pointer, align, mask)
+
+
+def _suffix(kind: Any) -> str:
+    """How LLVM's functions name a type of vectors."""
+    letter = "f32" if kind.element == _float else f"i{kind.element.width}"
+    return f"v{LANES}{letter}"
+
+
+def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    signature = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
+
+
+def _floats_of(value: float) -> Any:
+    return ir.Constant(_floats, [float(np.float32(value))] * LANES)
+
+
+def _words_of(value: int) -> Any:
+    return ir.Constant(_words, [value] * LANES)
+
+
 def _upper_half(builder: Any, words: Any) -> Any:
     """float32 with the lower halves of words as their upper ones: what bfloat16 is."""
-    return builder.bitcast(builder.shl(words, ir.Constant(_words, [16] * LANES)), _floats)
+    return builder.bitcast(builder.shl(words, _words_of(16)), _floats)
 
 
-def _narrow(builder: Any, values: Any) -> Any:
-    """float32 rounded to bfloat16's bits, as `cpu_math.narrow` does it."""
+def _widen(builder: Any, values: Any) -> Any:
+    """float32 as it is, or what bfloat16's bits stand for."""
+    if values.type == _floats:
+        return values
+    return _upper_half(builder, builder.zext(values, _words))
 
-    def constant(value: int) -> Any:
-        return ir.Constant(_words, [value] * LANES)
 
+def _narrow(builder: Any, values: Any, item_bytes: int) -> Any:
+    """float32 as it is or, in 2 bytes, rounded to bfloat16's bits as `cpu_math.narrow` does it."""
+    if item_bytes == 4:
+        return values
     bits = builder.bitcast(values, _words)
-    upper = builder.lshr(bits, constant(16))
-    odd = builder.and_(upper, constant(1))
-    rounded = builder.lshr(builder.add(bits, builder.add(odd, constant(0x7FFF))), constant(16))
+    upper = builder.lshr(bits, _words_of(16))
+    odd = builder.and_(upper, _words_of(1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, _words_of(0x7FFF))), _words_of(16))
     broken = builder.fcmp_unordered("uno", values, values)
-    found = builder.select(broken, builder.or_(upper, constant(64)), rounded)
-    return builder.trunc(found, ir.VectorType(ir.IntType(16), LANES))
+    found = builder.select(broken, builder.or_(upper, _words_of(64)), rounded)
+    return builder.trunc(found, _vector(item_bytes))
 
 
 def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """Take a * b + c, rounded once where the processor can."""
-    signature = ir.FunctionType(_floats, [_floats] * 3)
-    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.fmuladd.v16f32")
-    return builder.call(function, [a, b, c])
+    return _call(builder, "llvm.fmuladd.v16f32", _floats, a, b, c)
 
 
 def _larger(builder: Any, a: Any, b: Any) -> Any:
@@ -450,26 +634,19 @@ def _fold(builder: Any, vector: Any, combine: Callable[[Any, Any, Any], Any]) ->
 def _exp(builder: Any, x: Any) -> Any:
     """Exponentiate x <= 0 to base e, within 2 units in the last place; NaN stays.
 
-    As `cpu_math.exp` does, but that the nearest whole number is found by an addition after which
-    the last bits of a float32 are whole numbers.
+    As `cpu_math.exp` does it, but for how the nearest whole number is found.
     """
-
-    def constant(value: float) -> Any:
-        return ir.Constant(_floats, [float(np.float32(value))] * LANES)
-
-    bottom = constant(-87)
+    bottom = _floats_of(-87)
     x = builder.select(builder.fcmp_ordered("<", x, bottom), bottom, x)
-    whole = constant(1.5 * 2**23)
-    shifted = _multiply_add(builder, x, constant(1.44269504), whole)
-    n = builder.fsub(shifted, whole)
-    r = _multiply_add(builder, n, constant(-0.693359375), x)
-    r = _multiply_add(builder, n, constant(2.12194440e-4), r)
-    y = constant(1 / 5040)
+    shifted = _multiply_add(builder, x, _floats_of(1.44269504), _floats_of(_WHOLE))
+    n = builder.fsub(shifted, _floats_of(_WHOLE))
+    r = _multiply_add(builder, n, _floats_of(-0.693359375), x)
+    r = _multiply_add(builder, n, _floats_of(2.12194440e-4), r)
+    y = _floats_of(1 / 5040)
     for term in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1, 1):
-        y = _multiply_add(builder, y, r, constant(term))
-    bits = builder.add(builder.bitcast(shifted, _words), ir.Constant(_words, [127] * LANES))
-    power = builder.shl(bits, ir.Constant(_words, [23] * LANES))
-    return builder.fmul(y, builder.bitcast(power, _floats))
+        y = _multiply_add(builder, y, r, _floats_of(term))
+    bits = builder.add(builder.bitcast(shifted, _words), _words_of(127))
+    return builder.fmul(y, builder.bitcast(builder.shl(bits, _words_of(23)), _floats))
 
 
 def _transpose(builder: Any, rows: Sequence[Any]) -> list[Any]:
@@ -479,8 +656,7 @@ def _transpose(builder: Any, rows: Sequence[Any]) -> list[Any]:
         return builder.shuffle_vector(a, b, ir.Constant(_words, lanes))
 
     quarters = range(0, LANES, 4)
-    singles = [[q + i + s for q in quarters for i in (0, 1) for s in (0, LANES)] for _ in range(1)]
-    low = singles[0]
+    low = [q + i + s for q in quarters for i in (0, 1) for s in (0, LANES)]
     high = [lane + 2 for lane in low]
     pairs = [shuffle(rows[i], rows[i + 1], m) for i in range(0, LANES, 2) for m in (low, high)]
     low = [q + s + i for q in quarters for s in (0, LANES) for i in (0, 1)]
