@@ -51,15 +51,18 @@ class LaunchConfig:
     model: str  # checkpoint directory
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # auto, float32, bfloat16, int8
+    kv_cache_dtype: str = "auto"  # auto (as it computes), float32, bfloat16, int8
     kv_cache_bytes: int | None = None  # None: as memory allows
     num_threads: int | None = None  # of the CPU's products; None: as torch chooses
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("auto", "float32", "bfloat16", "int8"):
-            raise ValueError(
-                f"dtype must be one of auto, float32, bfloat16, int8, got {self.dtype!r}"
-            )
+        for name in ("dtype", "kv_cache_dtype"):
+            dtype = getattr(self, name)
+            if dtype not in ("auto", "float32", "bfloat16", "int8"):
+                raise ValueError(
+                    f"{name} must be one of auto, float32, bfloat16, int8, got {dtype!r}"
+                )
         for name in ("kv_cache_bytes", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -45,12 +45,14 @@ class Engine:
         use_triton: bool | None = None,
         decode_step: DecodeStepFactory | None = None,
         quantizes: bool = False,
+        kv_cache_dtype: torch.dtype | None = None,
     ) -> None:
         """Take over a model in evaluation mode and allocate its cache.
 
         `vocab_size` is the tokenizer's: ids from there on are padding. `weights_id` keys the
-        prefix cache; `quantizes` asks for weights of 8 bits. What may be None is then chosen by
-        the device. Raises CacheTooSmall if `num_blocks` hold less than one context.
+        prefix cache; `quantizes` asks for weights of 8 bits. `kv_cache_dtype` may be None for the
+        model's own; what else may be None is then chosen by the device.
+        Raises CacheTooSmall if `num_blocks` hold less than one context.
         """
         self.n_ctx = model.config.n_ctx
         self.vocab_size = vocab_size
@@ -71,7 +73,7 @@ class Engine:
                 model.config,
                 num_blocks=num_blocks,
                 block_size=config.block_size,
-                dtype=weight.dtype,
+                dtype=kv_cache_dtype or weight.dtype,
                 device=weight.device,
             ),
             BatchBuilder(

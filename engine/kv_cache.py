@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model.config import GPTConfig
+from weights.ledger import SCALE_BYTES
 
 # Kernels on a CPU read whole vectors, and so past the end of the last row.
 _SLACK_BYTES = 64
@@ -16,7 +17,8 @@ class KVCache:
     """Keys and values of all layers: two tensors (n_layer, num_blocks, H, block_size, D).
 
     A head's tokens of one block lie next to each other, so that attention reads them in one run.
-    Block 0 is nobody's: padding may be written there.
+    Block 0 is nobody's: padding may be written there. In int8, D codes are followed by the four
+    bytes of their scale, a float32; only `CPUPagedAttention` reads and writes those.
     """
 
     def __init__(
@@ -28,7 +30,8 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        shape = (config.n_layer, num_blocks, config.n_head, block_size, config.head_size)
+        row = config.head_size + (SCALE_BYTES if dtype == torch.int8 else 0)
+        shape = (config.n_layer, num_blocks, config.n_head, block_size, row)
         self.k = _zeros(shape, dtype, torch.device(device))
         self.v = _zeros(shape, dtype, torch.device(device))
         self.block_size = block_size

@@ -17,7 +17,7 @@ from engine.messages import Ready
 from model.vocabulary import TokenizerError
 from weights.checkpoint import load_layout
 from weights.layout import Layout, read_layout, read_tokenizer
-from weights.ledger import available_memory_bytes
+from weights.ledger import available_memory_bytes, kv_bytes_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
     layout = read_layout(Path(config.model))
     device = _choose_device(config.device)
     dtype = _choose_dtype(config.dtype, device)
+    kv_cache_dtype = _choose_kv_cache_dtype(config.kv_cache_dtype, dtype, device)
+    kv_cache_precision = str(kv_cache_dtype).removeprefix("torch.")
     with ThreadPoolExecutor(1) as executor:  # hashing lets go of the interpreter lock
         weights_id = executor.submit(hash_weights, layout)
         model = load_layout(layout, device=device, dtype=dtype)
@@ -43,6 +45,7 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
         layout.config,
         config.engine,
         bytes_per_value=bytes_per_value,
+        kv_bytes_per_token=kv_bytes_per_token(layout.config, kv_cache_precision),
         weights_bytes=weights_bytes,
         available_bytes=_available_bytes(device),
         kv_cache_bytes=config.kv_cache_bytes,
@@ -56,6 +59,7 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
             eos_token_ids=layout.eos_token_ids,
             weights_id=bytes.fromhex(digest),
             quantizes=config.dtype == "int8",
+            kv_cache_dtype=kv_cache_dtype,
         )
     # torch's out-of-memory errors are RuntimeErrors, and mapped memory's OSErrors.
     except (MemoryError, OSError, RuntimeError) as error:
@@ -68,6 +72,7 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
         pid=os.getpid(),
         device=str(device),
         dtype="int8" if config.dtype == "int8" else str(dtype).removeprefix("torch."),
+        kv_cache_dtype=kv_cache_precision,
         n_ctx=engine.n_ctx,
         vocab_size=engine.vocab_size,
         num_blocks=plan.num_blocks,
@@ -137,6 +142,18 @@ def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     has_bfloat16 = can_fuse(device, torch.bfloat16) or can_pack(device, torch.bfloat16)
     return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def _choose_kv_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The precision of the cache; `auto` is that of the computation."""
+    if name == "auto" or name == str(dtype).removeprefix("torch."):
+        return dtype
+    if device.type != "cpu":
+        raise StartRefused(
+            reason=f"kv_cache_dtype {name} needs a CPU: on {device} the cache is as precise as "
+            "the model. Use --kv-cache-dtype auto."
+        )
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[name]
 
 
 def _available_bytes(device: torch.device) -> int:

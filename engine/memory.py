@@ -52,6 +52,7 @@ def plan_memory(
     engine: EngineConfig,
     *,
     bytes_per_value: int,
+    kv_bytes_per_token: int,
     weights_bytes: int,
     available_bytes: int,
     kv_cache_bytes: int | None,
@@ -62,8 +63,7 @@ def plan_memory(
     `max_num_sequences` full contexts, if the share of the free memory that is the cache's allows.
     Raises DoesNotFit where not even one context fits, or what was asked for exceeds what is free.
     """
-    bytes_per_token = 2 * config.n_layer * config.n_embd * bytes_per_value
-    bytes_per_block = engine.block_size * bytes_per_token
+    bytes_per_block = engine.block_size * kv_bytes_per_token
     blocks_per_sequence = -(-config.n_ctx // engine.block_size)
     working = working_bytes(config, engine, bytes_per_value=bytes_per_value)
     free = available_bytes - working

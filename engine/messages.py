@@ -94,6 +94,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
     pid: int
     device: str
     dtype: str
+    kv_cache_dtype: str
     n_ctx: int
     vocab_size: int  # ids that may be sampled, and sent
     num_blocks: int

@@ -64,6 +64,12 @@ def serve(
             envvar="KVIK_NUM_BLOCKS", help="Blocks of the KV cache.", show_default="what fits"
         ),
     ] = None,
+    kv_cache_dtype: Annotated[
+        str,
+        typer.Option(
+            envvar="KVIK_KV_CACHE_DTYPE", help="auto (as --dtype), float32, bfloat16 or int8."
+        ),
+    ] = "auto",
     kv_cache_bytes: Annotated[
         int | None,
         typer.Option(
@@ -169,6 +175,7 @@ def serve(
             model=str(directory),
             device=device,
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             kv_cache_bytes=kv_cache_bytes,
             num_threads=num_threads,
             engine=EngineConfig(
@@ -206,8 +213,8 @@ def serve(
             for line in (
                 f"model    {served.name} on {facts.device} in {facts.dtype}, "
                 f"weights {facts.weights_id[:16]}",
-                f"memory   {format_bytes(facts.available_bytes)} free: KV cache "
-                f"{format_bytes(facts.kv_cache_bytes)} ({facts.num_blocks:,} blocks, "
+                f"memory   {format_bytes(facts.available_bytes)} free: {facts.kv_cache_dtype} KV "
+                f"cache {format_bytes(facts.kv_cache_bytes)} ({facts.num_blocks:,} blocks, "
                 f"{cache_tokens:,} tokens, {cache_tokens // served.n_ctx:,} contexts of "
                 f"{served.n_ctx}), a step {format_bytes(facts.working_bytes)}; "
                 f"weights {format_bytes(facts.weights_bytes)}",

@@ -55,8 +55,12 @@ def _files(layout: Layout) -> list[str]:
 
 def _ledgers(layout: Layout, available_bytes: int) -> list[str]:
     rows = [("precision", "weights", "KV a token", "KV a context", "contexts fit")]
-    for precision, num_bytes in (("float32", 4), ("bfloat16", 2)):
-        ledger = MemoryLedger.of(layout.config, bytes_per_value=num_bytes)
+    for precision, dtype, kv_cache_dtype in (
+        ("float32", "float32", "float32"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("int8 cache", "bfloat16", "int8"),
+    ):
+        ledger = MemoryLedger.of(layout.config, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
         rows.append(
             (
                 precision,
@@ -68,5 +72,5 @@ def _ledgers(layout: Layout, available_bytes: int) -> list[str]:
         )
     return [
         f"memory available      {format_bytes(available_bytes)}",
-        *(f"{first:<10}" + "".join(f"{value:>16}" for value in rest) for first, *rest in rows),
+        *(f"{first:<12}" + "".join(f"{value:>16}" for value in rest) for first, *rest in rows),
     ]

@@ -7,6 +7,16 @@ from pathlib import Path
 
 from model.config import GPTConfig
 
+SCALE_BYTES = 4  # beside a head's 8-bit keys of one token, and as many beside its values
+
+_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+def kv_bytes_per_token(config: GPTConfig, kv_cache_dtype: str) -> int:
+    """What keys and values of all layers take in a cache of float32, bfloat16 or int8."""
+    scales = config.n_head * SCALE_BYTES if kv_cache_dtype == "int8" else 0
+    return 2 * config.n_layer * (config.n_embd * _VALUE_BYTES[kv_cache_dtype] + scales)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryLedger:
@@ -17,11 +27,11 @@ class MemoryLedger:
     n_ctx: int
 
     @classmethod
-    def of(cls, config: GPTConfig, *, bytes_per_value: int) -> "MemoryLedger":
-        """The ledger of a model whose weights and cache take `bytes_per_value` a number."""
+    def of(cls, config: GPTConfig, *, dtype: str, kv_cache_dtype: str) -> "MemoryLedger":
+        """The ledger of a model with weights and cache each in float32, bfloat16 or int8."""
         return cls(
-            weights_bytes=config.num_parameters * bytes_per_value,
-            kv_bytes_per_token=2 * config.n_layer * config.n_embd * bytes_per_value,
+            weights_bytes=config.num_parameters * _VALUE_BYTES[dtype],
+            kv_bytes_per_token=kv_bytes_per_token(config, kv_cache_dtype),
             n_ctx=config.n_ctx,
         )
 

@@ -17,6 +17,7 @@ from model.config import GPTConfig
 # float32: a few roundings of the sum; bfloat16: the output itself is rounded, to 2^-8 of its size.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 DTYPES = [torch.float32, torch.bfloat16]
+CACHES = [*DTYPES, torch.int8]
 
 
 def make_config(*, n_head: int = 3, head_size: int = 8, n_ctx: int = 64) -> GPTConfig:
@@ -30,13 +31,37 @@ def make_config(*, n_head: int = 3, head_size: int = 8, n_ctx: int = 64) -> GPTC
     )
 
 
-def make_cache(config: GPTConfig, *, dtype: torch.dtype, block_size: int = 4) -> KVCache:
-    num_blocks = 1 + 4 * -(-config.n_ctx // block_size)
+def make_cache(
+    config: GPTConfig, *, dtype: torch.dtype, block_size: int = 4, num_blocks: int | None = None
+) -> KVCache:
+    num_blocks = num_blocks or 1 + 4 * -(-config.n_ctx // block_size)
     cache = KVCache(config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device="cpu")
     # What is not yet written must not matter, as long as it is finite.
-    cache.k.copy_(torch.randn(cache.k.shape))
-    cache.v.copy_(torch.randn(cache.v.shape))
+    for tensor in (cache.k, cache.v):
+        if dtype == torch.int8:
+            tensor.random_(-127, 128)
+            scales = torch.rand(tensor.shape[:-1]) / 64
+            tensor[..., config.head_size :] = scales[..., None].view(torch.int8)
+        else:
+            tensor.copy_(torch.randn(tensor.shape))
     return cache
+
+
+def rounded(x: Tensor) -> Tensor:
+    """What 8 bits with a scale for the last dimension hold of x."""
+    largest = x.float().abs().amax(-1, keepdim=True)
+    codes = (x.double() * (127 / largest).double()).round()  # exact, and so are ties
+    return codes.float() * (largest / 127)
+
+
+def exact(cache: KVCache, config: GPTConfig) -> KVCache:
+    """The numbers that a cache of 8 bits stands for."""
+    shape = {"num_blocks": cache.k.shape[1], "block_size": cache.block_size}
+    twin = KVCache(config, **shape, dtype=torch.float32, device="cpu")
+    for ours, theirs in ((cache.k, twin.k), (cache.v, twin.v)):
+        codes, scales = ours[..., : config.head_size], ours[..., config.head_size :]
+        theirs.copy_(codes * scales.contiguous().view(torch.float32))
+    return twin
 
 
 def make_input(cache: KVCache, spans: list[tuple[int, int]], *, n_ctx: int) -> ModelInput:
@@ -60,7 +85,7 @@ def make_input(cache: KVCache, spans: list[tuple[int, int]], *, n_ctx: int) -> M
 
 def qkv(config: GPTConfig, num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     shape = (3, num_rows, config.n_head, config.head_size)
-    q, k, v = torch.randn(shape).to(dtype).unbind()
+    q, k, v = torch.randn(shape).to(dtype if dtype.is_floating_point else torch.float32).unbind()
     return q, k, v
 
 
@@ -68,7 +93,7 @@ def qkv(config: GPTConfig, num_rows: int, dtype: torch.dtype) -> tuple[Tensor, T
 @settings(max_examples=40, deadline=None)
 @given(
     n_head=st.integers(1, 4),
-    head_size=st.sampled_from([1, 5, 8, 16, 64]),
+    head_size=st.sampled_from([1, 5, 8, 16, 48, 64, 80, 128]),
     block_size=st.sampled_from([1, 3, 4, 16]),
     spans=st.lists(
         st.tuples(st.integers(0, 30), st.integers(1, 20)).map(lambda x: (x[0], x[0] + x[1])),
@@ -105,6 +130,60 @@ def test_cpu_kernel_equals_the_reference(
     assert torch.equal(cache.v, twin.v)
 
 
+@pytest.mark.parametrize("head_size", [1, 5, 16, 17, 64, 100, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eight_bits_are_a_scale_times_whole_numbers(dtype: torch.dtype, head_size: int) -> None:
+    torch.manual_seed(head_size)
+    config = make_config(head_size=head_size)
+    cache = make_cache(config, dtype=torch.int8)
+    batch = make_input(cache, [(3, 30), (40, 41)], n_ctx=config.n_ctx)
+    twin = exact(cache, config)
+    q, k, v = qkv(config, 28, dtype)
+
+    y = CPUPagedAttention(config, cache, batch)(1, q, k, v)
+
+    expected = PagedAttention(config, twin, batch)(1, q.float(), rounded(k), rounded(v))
+    torch.testing.assert_close(y.float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(exact(cache, config).k, twin.k, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("computes", DTYPES)
+@pytest.mark.parametrize("stores", DTYPES)
+def test_the_cache_may_be_of_another_precision(computes: torch.dtype, stores: torch.dtype) -> None:
+    config = make_config(head_size=64)
+    cache = make_cache(config, dtype=stores)
+    batch = make_input(cache, [(0, 40)], n_ctx=config.n_ctx)
+    q, k, v = qkv(config, 40, computes)
+
+    y = CPUPagedAttention(config, cache, batch)(0, q, k, v)
+
+    expected = CausalAttention(config)(0, q.float(), k.to(stores).float(), v.to(stores).float())
+    tolerance = TOLERANCE[computes]
+    torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", CACHES)
+@pytest.mark.parametrize("head_size", [5, 64, 80])
+def test_a_row_has_the_same_bytes_for_any_size_of_blocks_and_chunks(
+    dtype: torch.dtype, head_size: int
+) -> None:
+    config = make_config(n_head=2, head_size=head_size)
+    q, k, v = qkv(config, 60, dtype)
+    whole: Tensor | None = None
+    for block_size, chunk in ((16, 60), (1, 7), (3, 60), (7, 13), (16, 1), (24, 8), (64, 32)):
+        cache = make_cache(config, dtype=dtype, block_size=block_size)
+        batch = make_input(cache, [(0, 60)], n_ctx=config.n_ctx)
+        parts = []
+        for first in range(0, 60, chunk):
+            rows = slice(first, min(first + chunk, 60))
+            kernel = CPUPagedAttention(config, cache, rows_of(batch, rows))
+            parts.append(kernel(1, q[rows], k[rows], v[rows]))
+        y = torch.cat(parts)
+
+        whole = y if whole is None else whole
+        assert torch.equal(y, whole), (block_size, chunk)
+
+
 @pytest.mark.parametrize("attention", [PagedAttention, CPUPagedAttention])
 def test_paged_attention_over_a_whole_sequence_equals_causal_attention(
     attention: type[PagedAttention] | type[CPUPagedAttention],
@@ -120,7 +199,7 @@ def test_paged_attention_over_a_whole_sequence_equals_causal_attention(
     torch.testing.assert_close(y, expected, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", CACHES)
 def test_a_row_has_the_same_bytes_whatever_rows_come_with_it(dtype: torch.dtype) -> None:
     config = make_config(n_head=2, head_size=64)
     cache = make_cache(config, dtype=dtype)
@@ -146,7 +225,7 @@ def rows_of(batch: ModelInput, rows: slice) -> ModelInput:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", CACHES)
 def test_a_row_has_the_same_bytes_at_every_row_count_of_a_step(dtype: torch.dtype) -> None:
     """Decode rows of many sequences, then a prompt, cut at every place of both."""
     torch.manual_seed(0)
@@ -154,13 +233,13 @@ def test_a_row_has_the_same_bytes_at_every_row_count_of_a_step(dtype: torch.dtyp
     config = make_config(n_head=2, head_size=64, n_ctx=1024)
     spans = [(31 * index, 31 * index + 1) for index in range(30)]
     spans.append((200, 200 + budget - len(spans)))
-    cache = KVCache(config, num_blocks=1 + 31 * 64, block_size=16, dtype=dtype, device="cpu")
-    cache.k.copy_(torch.randn(cache.k.shape))
-    cache.v.copy_(torch.randn(cache.v.shape))
+    cache = make_cache(config, dtype=dtype, block_size=16, num_blocks=1 + 31 * 64)
     batch = make_input(cache, spans, n_ctx=config.n_ctx)
     # As c_attn leaves them: q, k and v of a row beside each other. A lone row of them is
     # contiguous, several are not, and compiled code may tell the two apart.
-    fused = torch.randn(budget, 3 * config.n_embd).to(dtype)
+    fused = torch.randn(budget, 3 * config.n_embd)
+    if dtype.is_floating_point:
+        fused = fused.to(dtype)
     q, k, v = (part.view(budget, config.n_head, -1) for part in fused.chunk(3, dim=-1))
     together = CPUPagedAttention(config, cache, batch)(0, q, k, v)
 
@@ -169,13 +248,14 @@ def test_a_row_has_the_same_bytes_at_every_row_count_of_a_step(dtype: torch.dtyp
         kernel = CPUPagedAttention(config, cache, rows_of(batch, rows))
         return kernel(0, q[rows], k[rows], v[rows])
 
-    different = [n for n in range(1, budget) if not torch.equal(last(n), together[budget - n :])]
+    counts = range(1, budget) if dtype == torch.bfloat16 else range(1, budget, 7)
+    different = [n for n in counts if not torch.equal(last(n), together[budget - n :])]
 
     assert different == []
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_broken_key_breaks_the_rows_that_see_it_and_no_others(
+@pytest.mark.parametrize("dtype", CACHES)
+def test_a_broken_key_or_value_breaks_the_rows_that_see_it_and_no_others(
     dtype: torch.dtype,
 ) -> None:
     config = make_config()
@@ -184,12 +264,14 @@ def test_a_broken_key_breaks_the_rows_that_see_it_and_no_others(
     q, k, v = qkv(config, 20, dtype)
     healthy = CPUPagedAttention(config, cache, batch)(0, q, k, v)
     k[4] = torch.nan
+    v[15] = torch.inf
 
     y = CPUPagedAttention(config, cache, batch)(0, q, k, v)
 
     assert torch.equal(y[:4], healthy[:4])
     assert not torch.isfinite(y[4:10]).any()
-    assert torch.equal(y[10:], healthy[10:])
+    assert torch.equal(y[10:15], healthy[10:15])
+    assert not torch.isfinite(y[15:]).any()
 
 
 def test_reference_reads_nothing_back_to_the_host() -> None:

@@ -22,6 +22,7 @@ def plan(
         GPT2,
         engine or EngineConfig(),
         bytes_per_value=2,
+        kv_bytes_per_token=BLOCK_BYTES // 16,
         weights_bytes=250_000_000,
         available_bytes=available_bytes,
         kv_cache_bytes=kv_cache_bytes,

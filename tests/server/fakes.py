@@ -15,6 +15,7 @@ FACTS = Ready(
     pid=1,
     device="cpu",
     dtype="float32",
+    kv_cache_dtype="float32",
     n_ctx=64,
     vocab_size=268,
     num_blocks=64,

@@ -13,7 +13,8 @@ from weights.ledger import MemoryLedger, available_memory_bytes, format_bytes
 def test_the_ledger_counts_the_bytes_of_the_model(dtype: torch.dtype) -> None:
     model = tiny_gpt(tiny_config(n_layer=3, n_inner=5)).to(dtype)
 
-    ledger = MemoryLedger.of(model.config, bytes_per_value=dtype.itemsize)
+    name = str(dtype).removeprefix("torch.")
+    ledger = MemoryLedger.of(model.config, dtype=name, kv_cache_dtype=name)
 
     assert ledger.weights_bytes == sum(p.nbytes for p in model.parameters())
 
@@ -29,7 +30,7 @@ def test_the_ledger_counts_the_keys_and_values_that_layers_ask_to_attend() -> No
 
     model(random_tokens(model.config, 16), torch.arange(16), attend)
 
-    ledger = MemoryLedger.of(model.config, bytes_per_value=4)
+    ledger = MemoryLedger.of(model.config, dtype="float32", kv_cache_dtype="float32")
     assert ledger.kv_bytes_per_sequence == sum(asked)
     assert ledger.kv_bytes_per_token == sum(asked) // 16
 
@@ -44,7 +45,7 @@ def test_as_many_contexts_fit_as_the_memory_beside_the_weights_holds(free: int, 
 
 
 def test_a_token_of_gpt2_takes_36_kib_in_bfloat16() -> None:
-    ledger = MemoryLedger.of(GPTConfig(), bytes_per_value=2)
+    ledger = MemoryLedger.of(GPTConfig(), dtype="bfloat16", kv_cache_dtype="bfloat16")
 
     assert ledger.kv_bytes_per_token == 36 * 1024
 
