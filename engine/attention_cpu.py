@@ -21,6 +21,7 @@ from engine.vectors import (
     ROWS,
     address,
     ask,
+    fetch,
     gather_columns,
     keep,
     mix,
@@ -31,6 +32,7 @@ from engine.vectors import (
 )
 from model.config import GPTConfig
 
+_AHEAD = 3 * LANES  # keys asked for before their turn: memory takes longer than a group of 16
 _LINE = 64  # bytes that a processor fetches together, and what vectors of 16 float32 are aligned to
 
 _jitable = numba.extending.register_jitable
@@ -91,24 +93,29 @@ class CPUPagedAttention:
 
     def __init__(self, config: GPTConfig, cache: KVCache, batch: ModelInput) -> None:
         self._scales = [config.attention_scale(layer) for layer in range(config.n_layer)]
-        self._cache = cache
-        self._tables = batch.block_tables.numpy()
-        self._blocks = batch.slot_blocks.numpy()
-        self._offsets = batch.slot_offsets.numpy()
+        self.cache = cache
+        self.tables = batch.block_tables.numpy()
+        self.blocks = batch.slot_blocks.numpy()
+        self.offsets = batch.slot_offsets.numpy()
         tiles = Tiles(batch)
-        self._tiles = tiles.table
-        self._scratch = Scratch(config, num_threads=numba.get_num_threads(), length=tiles.length)
+        self.tiles = tiles.table
+        self.scratch = Scratch(config, num_threads=_num_threads(), length=tiles.length)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend in layer `layer`: q, k, v (N, H, D) -> (N, H, D)."""
         out = torch.empty(q.shape, dtype=q.dtype)
         _attend(
             view(torch.stack((q, k, v), 1).view(len(q), -1)), layer,
-            np.float32(self._scales[layer]), view(self._cache.k), view(self._cache.v),
-            self._blocks, self._offsets, self._tables, self._tiles, self._scratch.values,
-            self._scratch.keys, view(out.view(len(q), -1)),
+            np.float32(self._scales[layer]), view(self.cache.k), view(self.cache.v),
+            self.blocks, self.offsets, self.tables, self.tiles, self.scratch.values,
+            self.scratch.keys, view(out.view(len(q), -1)),
         )  # fmt: skip
         return out
+
+
+def _num_threads() -> int:
+    """As many as any kernel has that attends: the one below follows numba, the others torch."""
+    return max(numba.get_num_threads(), torch.get_num_threads())
 
 
 @_jitable
@@ -138,6 +145,30 @@ def write_task(
         number = place + head * block_size
         keep(qkv, row, width + head * size, size, cache_k, number)
         keep(qkv, row, 2 * width + head * size, size, cache_v, number)
+
+
+@_jitable
+def expect_write(row: Any, layer: Any, cache_k: Array, cache_v: Array, blocks: Array,
+    offsets: Array,
+) -> None:  # fmt: skip
+    """Ask for the places that `write_task` will write: long before, nobody waits for them."""
+    num_heads, block_size = cache_k.shape[2], cache_k.shape[3]
+    place = (np.intp(layer) * cache_k.shape[1] + blocks[row]) * num_heads * block_size
+    place += offsets[row]
+    for head in range(num_heads):
+        fetch(cache_k, place + head * block_size, 1, True)
+        fetch(cache_v, place + head * block_size, 1, True)
+
+
+@_jitable
+def expect_attend(task: Any, layer: Any, cache_k: Array, tables: Array, tiles: Array) -> None:
+    """Ask for the first keys of a task, if there is one of that number."""
+    num_tiles, block_size = len(tiles), cache_k.shape[3]
+    head = task // num_tiles
+    if head < cache_k.shape[2]:
+        block = tables[tiles[task - head * num_tiles, 3], 0]
+        row = (layer * cache_k.shape[1] + block) * cache_k.shape[2] + head
+        fetch(cache_k, row * block_size, min(block_size, 2 * LANES), False)
 
 
 @_jitable
@@ -173,7 +204,7 @@ def attend_task(
             first = (panel + index) * LANES
             if num_rows == 1:
                 # The blocks of a sequence lie anywhere, where no processor looks ahead.
-                prefetch(cache_k, keys_at, min(first + LANES, (num_groups - 1) * LANES))
+                prefetch(cache_k, keys_at, min(first + _AHEAD, (num_groups - 1) * LANES))
                 prefetch(cache_v, keys_at, first)
             out_at = address(values, thread, columns + index * channels * LANES)
             gather_columns(cache_k, keys_at, first, out_at)

@@ -19,6 +19,13 @@ Array = NDArray[Any]
 # for every row; infinities and NaN survive, or a broken row would pass for a good one.
 FAST_MATH = {"contract", "nsz", "arcp", "reassoc"}
 
+# How kernels are compiled that `engine.cpu_tasks` runs. They divide as processors do: a check for
+# zero, as Python's division wants it, would keep a loop from being vectorised.
+KERNEL: dict[str, Any] = {
+    "nogil": True, "cache": True, "boundscheck": False, "fastmath": FAST_MATH,
+    "error_model": "numpy",
+}  # fmt: skip
+
 _inlined = numba.extending.register_jitable(inline="always")
 
 

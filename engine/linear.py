@@ -6,15 +6,13 @@ rearrange for every product. Both give a row the same bytes however many rows co
 `F.linear` does not (`tests/engine/test_linear.py` looks at every count).
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import linear_avx512
+from engine.layers_avx512 import FusedLayers
 from engine.linear_avx512 import FusedLinear, has_avx512
-from model.attention import Attend
 from model.config import Activation
 from model.gpt import ACTIVATIONS, GPT, Block
 
@@ -84,31 +82,6 @@ class PackedMLP(nn.Module):
         return y
 
 
-class FusedBlock(nn.Module):
-    """A `Block` in four fused products, with attention between the first and the second."""
-
-    def __init__(self, block: Block, activation: Activation, *, quantizes: bool) -> None:
-        """Pack the block's weights; the caller may drop its own copy."""
-        super().__init__()
-        attn, mlp = block.attn, block.mlp
-        self._layer, self._n_head = attn.layer, attn.n_head
-
-        def fuse(linear: nn.Linear, **options: Any) -> FusedLinear:
-            return FusedLinear(linear.weight, linear.bias, quantizes=quantizes, **options)
-
-        self.c_attn = fuse(attn.c_attn, norm=block.ln_1)
-        self.attn_c_proj = fuse(attn.c_proj)
-        self.c_fc = fuse(mlp.c_fc, norm=block.ln_2, activation=activation)
-        self.mlp_c_proj = fuse(mlp.c_proj)
-
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """Map x (N, C) to (N, C)."""
-        q, k, v = self.c_attn(x).view(len(x), 3, self._n_head, -1).unbind(1)
-        x = self.attn_c_proj(attend(self._layer, q, k, v).flatten(-2), residual=x)
-        y: Tensor = self.mlp_c_proj(self.c_fc(x), residual=x)
-        return y
-
-
 class Head(nn.Module):
     """The tied output head: hidden states to float32 logits, in any precision of the model.
 
@@ -131,7 +104,8 @@ class Head(nn.Module):
         self._product: nn.Module | None = None
         self._weight: Tensor | None = None
         if can_fuse(weight.device, weight.dtype, quantizes=quantizes):
-            self._product = FusedLinear(weight, norm=norm, quantizes=quantizes, is_head=True)
+            self._product = FusedLinear(weight, norm=norm, quantizes=quantizes)
+            self._dtype = torch.float32
             return
         self._norm = norm
         # Others round their products to the precision of the model, which is too coarse for logits.
@@ -160,9 +134,7 @@ def pack(model: GPT, *, quantizes: bool = False) -> None:
     """
     weight = model.wte.weight
     if can_fuse(weight.device, weight.dtype, quantizes=quantizes):
-        for layer, block in enumerate(model.h):
-            assert isinstance(block, Block)
-            model.h[layer] = FusedBlock(block, model.config.activation, quantizes=quantizes)
+        model.h = nn.ModuleList([FusedLayers(model, quantizes=quantizes)])
         return
     assert not quantizes, "loading refuses weights of 8 bits here"
     if not can_pack(weight.device, weight.dtype):

@@ -9,7 +9,8 @@ An output is the sum over its row's inputs in their order, whatever rows come wi
 the same bytes alone and in any batch. Compiled by numba on first use and cached on the disk.
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 import numba
@@ -20,15 +21,15 @@ from numba.core import cgutils, types
 from torch import Tensor, nn
 
 from engine.cpu_math import (
-    FAST_MATH,
+    KERNEL,
     Array,
     gelu_erf,
     gelu_tanh,
     narrow,
     same,
-    view,
-    widen,
 )
+from engine.cpu_memory import Scratch, borrow, huge_pages
+from engine.cpu_tasks import counters, finish, take, team, wait
 from model.config import Activation
 
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2
@@ -39,9 +40,11 @@ _ROWS = 8  # of a tile: with 48 outputs it takes 24 of the 32 registers
 _LANES = 16
 _BLOCKS = 3
 _WIDTH = _BLOCKS * _LANES
-_FEW_ROWS = 64  # below, starting threads costs more than they save on the way in
+_ROWS_A_TASK = 4  # of those that are made a product's inputs
 
-_ACTIVATIONS: dict[Activation | None, int] = {None: 0, "gelu_new": 1, "gelu": 2, "relu": 3}
+STORED, ADDED, INPUTS = 0, 1, 2  # what becomes of a product
+
+ACTIVATION_NUMBERS: dict[Activation | None, int] = {None: 0, "gelu_new": 1, "gelu": 2, "relu": 3}
 
 
 def has_avx512(kind: int) -> bool:
@@ -55,18 +58,21 @@ def has_avx512(kind: int) -> bool:
 
 @numba.extending.intrinsic(prefer_literal=True)
 def _tile(
-    context: Any, kind: Any, rows: Any, inputs: Any, first_row: Any, packed: Any, group: Any,
+    context: Any, kind: Any, rows: Any, inputs: Any, weights: Any, steps: Any, ahead: Any,
     sums: Any,
 ) -> Any:  # fmt: skip
-    """Multiply 1 to 8 rows of inputs, from `first_row` on, with the 48 outputs of a packed group.
+    """Multiply 1 to 8 rows of inputs with the 48 outputs of a packed group, over all steps.
 
-    sums (8, 48) float32, or int32 for INT8, are overwritten as far as there are rows. The
-    instructions: fused multiply-add, VDPBF16PS and VPDPBUSD.
+    All but kind, rows and steps are addresses. sums (8, 48) float32, or int32 for INT8, are
+    overwritten as far as there are rows; 64 bytes a step are asked for from `ahead` on, where the
+    next weights lie: so memory works while the processor multiplies. The instructions: fused
+    multiply-add, VDPBF16PS and VPDPBUSD.
     """
     which = kind.literal_value
     word = ir.IntType(32)
     words = ir.VectorType(word, _LANES)
     totals_type = words if which == INT8 else ir.VectorType(ir.FloatType(), _LANES)
+    line = 4 * _LANES
 
     def multiply(builder: Any, total: Any, a: Any, b: Any) -> Any:
         def call(name: str, *arguments: Any) -> Any:
@@ -81,21 +87,7 @@ def _tile(
         return call("llvm.fma.v16f32", *(builder.bitcast(x, totals_type) for x in (a, b)), total)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, rows, inputs, first_row, packed, group, sums = arguments
-        size = rows.type
-
-        def address(place: int, value: Any) -> Any:
-            data = context.make_array(signature.args[place])(context, builder, value).data
-            return builder.ptrtoint(data, size)
-
-        shape = context.make_array(signature.args[4])(context, builder, packed).shape
-        steps = builder.extract_value(shape, 1)
-        x_stride = builder.mul(steps, ir.Constant(size, 4))
-        w_stride = builder.mul(steps, ir.Constant(size, 4 * _LANES))
-        x = builder.add(address(2, inputs), builder.mul(first_row, x_stride))
-        blocks = builder.mul(group, ir.Constant(size, _BLOCKS))
-        w = builder.add(address(4, packed), builder.mul(blocks, w_stride))
-        out = address(6, sums)
+        _, rows, x, w, steps, ahead, out = arguments
         after = builder.append_basic_block()
         unreachable = builder.append_basic_block()
         switch = builder.switch(rows, unreachable)
@@ -103,7 +95,7 @@ def _tile(
             case = builder.append_basic_block()
             switch.add_case(ir.Constant(rows.type, num_rows), case)
             builder.position_at_end(case)
-            generate_case(builder, num_rows, x, x_stride, w, w_stride, steps, out)
+            generate_case(builder, num_rows, x, w, steps, ahead, out)
             builder.branch(after)
         builder.position_at_end(unreachable)
         builder.unreachable()
@@ -111,15 +103,16 @@ def _tile(
         return context.get_dummy_value()
 
     def generate_case(
-        builder: Any, num_rows: int, x: Any, x_stride: Any, w: Any, w_stride: Any, steps: Any,
-        out: Any,
-    ) -> None:  # fmt: skip
+        builder: Any, num_rows: int, x: Any, w: Any, steps: Any, ahead: Any, out: Any
+    ) -> None:
         size = steps.type
 
         def at(address: Any, stride: Any, count: int, kind: Any) -> Any:
             offset = builder.mul(stride, ir.Constant(size, count))
             return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
 
+        x_stride = builder.mul(steps, ir.Constant(size, 4))
+        w_stride = builder.mul(steps, ir.Constant(size, line))
         before = builder.block
         loop, done = builder.append_basic_block(), builder.append_basic_block()
         builder.branch(loop)
@@ -127,10 +120,12 @@ def _tile(
         step = builder.phi(size)
         step.add_incoming(ir.Constant(size, 0), before)
         totals = [[builder.phi(totals_type) for _ in range(_BLOCKS)] for _ in range(num_rows)]
-        weights_at = builder.add(w, builder.mul(step, ir.Constant(size, 4 * _LANES)))
+        weights_offset = builder.mul(step, ir.Constant(size, line))
+        weights_at = builder.add(w, weights_offset)
         inputs_at = builder.add(x, builder.mul(step, ir.Constant(size, 4)))
+        _prefetch(builder, builder.add(ahead, weights_offset))
         weights = [
-            builder.load(at(weights_at, w_stride, block, words), align=4 * _LANES)
+            builder.load(at(weights_at, w_stride, block, words), align=line)
             for block in range(_BLOCKS)
         ]
         next_step = builder.add(step, ir.Constant(size, 1))
@@ -146,31 +141,38 @@ def _tile(
                 total.add_incoming(ir.Constant(totals_type, None), before)
                 total.add_incoming(result, loop)
                 results.append(result)
-        builder.cbranch(builder.icmp_signed("<", next_step, steps), loop, done)
+        builder.cbranch(builder.icmp_unsigned("<", next_step, steps), loop, done)
         builder.position_at_end(done)
         for place, result in enumerate(results):
-            builder.store(
-                result, at(out, ir.Constant(size, 4 * _LANES), place, totals_type), align=4
-            )
+            builder.store(result, at(out, ir.Constant(size, line), place, totals_type), align=4)
 
-    place = types.intp
-    return types.void(kind, place, inputs, place, packed, place, sums), generate
+    place = types.uintp
+    return types.void(kind, place, place, place, place, place, place), generate
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    """Ask for a line of memory to be brought into the second cache, without waiting for it."""
+    byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    signature = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+    is_read, second_cache, is_data = (ir.Constant(number, value) for value in (0, 2, 1))
+    builder.call(function, [builder.inttoptr(address, byte), is_read, second_cache, is_data])
 
 
 _jitable = numba.extending.register_jitable
 
 
 @_jitable
-def _normalize(x: Any, load: Any, gain: Any, offset: Any, epsilon: Any, row: Any) -> None:
-    """LayerNorm of x (C,) into row (C,) float32; without a gain, x itself."""
-    size = len(x)
-    if len(gain) == 0:
+def _normalize(x: Any, at: Any, gain: Any, offset: Any, layer: Any, epsilon: Any, row: Any) -> None:
+    """LayerNorm of row `at` of x (N, C) into row (C,) float32; without gains, the row itself."""
+    size = np.uintp(len(row))
+    if gain.shape[1] == 0:
         for c in range(size):
-            row[c] = load(x[c])
+            row[c] = x[at, c]
         return
     total = np.float32(0)
     for c in range(size):
-        row[c] = load(x[c])
+        row[c] = x[at, c]
         total += row[c]
     mean = total / np.float32(size)
     squares = np.float32(0)
@@ -179,37 +181,38 @@ def _normalize(x: Any, load: Any, gain: Any, offset: Any, epsilon: Any, row: Any
         squares += row[c] * row[c]
     factor = np.float32(1) / np.sqrt(squares / np.float32(size) + epsilon)
     for c in range(size):
-        row[c] = row[c] * factor * gain[c] + offset[c]
+        row[c] = row[c] * factor * gain[layer, c] + offset[layer, c]
 
 
 @_jitable
-def _round(row: Any, inputs: Any, store: Any) -> Any:
+def _round(row: Any, inputs: Any, at: Any, store: Any) -> Any:
     """Bring a row (C,) to the inputs' precision; returns scale and zero, which mean nothing."""
-    for c in range(len(row)):
-        inputs[c] = store(row[c])
+    for c in range(np.uintp(len(row))):
+        inputs[at, c] = store(row[c])
     return np.float32(1), np.int32(0)
 
 
 @_jitable
-def _quantize(row: Any, inputs: Any, store: Any) -> Any:
+def _quantize(row: Any, inputs: Any, at: Any, store: Any) -> Any:
     """Bring a row (C,) to 8 bits by its own range: value = scale * (code - zero)."""
+    size = np.uintp(len(row))
     lowest = highest = np.float32(0)
-    for c in range(len(row)):
+    for c in range(size):
         lowest = row[c] if row[c] < lowest else lowest
         highest = row[c] if row[c] > highest else highest
     broken = np.float32(0)
-    for c in range(len(row)):
+    for c in range(size):
         broken += row[c] * np.float32(0)  # NaN where any value is not finite
     scale = (highest - lowest) / np.float32(255)
     if not scale > np.float32(0):
-        for c in range(len(row)):
-            inputs[c] = np.uint8(0)
+        for c in range(size):
+            inputs[at, c] = np.uint8(0)
         return np.float32(0) + broken, np.int32(0)
     factor = np.float32(1) / scale
     zero = np.int32(np.floor(-lowest * factor + np.float32(0.5)))
-    for c in range(len(row)):
+    for c in range(size):
         code = np.int32(np.floor(row[c] * factor + np.float32(0.5))) + zero
-        inputs[c] = np.uint8(min(max(code, np.int32(0)), np.int32(255)))
+        inputs[at, c] = np.uint8(min(max(code, np.int32(0)), np.int32(255)))
     return scale + broken, zero
 
 
@@ -224,85 +227,279 @@ def _scaled(total: Any, scale: Any, zero: Any, column_scale: Any, column_sum: An
     return np.float32(total - zero * column_sum) * (scale * column_scale)
 
 
-def _compile(
-    kind: int, input_type: Any, sum_type: Any, bring: Any, finish: Any, load: Any, store: Any,
-    keep: Any,
-) -> Any:  # fmt: skip
-    """Build the kernel of one kind of product with one type of numbers around it.
+class Weights(NamedTuple):
+    """The weights of one product in L layers, and what surrounds them, for a kernel."""
 
-    `load` reads what comes in as float32, `bring` makes a row the product's inputs, `store` rounds
-    them, `finish` makes float32 of the product's sums, `keep` rounds what goes out.
+    packed: Array  # (L, blocks of 16 outputs, steps, 64 bytes)
+    column_scales: Array  # (L, outputs) float32, of INT8
+    column_sums: Array  # (L, outputs) int32, of INT8
+    bias: Array  # (L, outputs) float32
+    gain: Array  # (L, C) float32, or (L, 0) where no LayerNorm comes before
+    offset: Array
+    num_outputs: int
+
+
+class Inputs(NamedTuple):
+    """Rows as a product takes them, for a kernel."""
+
+    rows: Array  # (N, steps * values), padded with zeros
+    scales: Array  # (N,) float32, of INT8
+    zeros: Array  # (N,) int32, of INT8
+
+
+@_jitable
+def borrow_weights(weights: Any) -> Any:
+    """`borrow` of all of them."""
+    return Weights(
+        borrow(weights.packed), borrow(weights.column_scales), borrow(weights.column_sums),
+        borrow(weights.bias), borrow(weights.gain), borrow(weights.offset), weights.num_outputs,
+    )  # fmt: skip
+
+
+@_jitable
+def borrow_inputs(inputs: Any) -> Any:
+    """`borrow` of all of them."""
+    return Inputs(borrow(inputs.rows), borrow(inputs.scales), borrow(inputs.zeros))
+
+
+@_jitable
+def group_bytes(weights: Any) -> Any:
+    """What the weights of 48 outputs take."""
+    return np.uintp(_BLOCKS * 4 * _LANES) * np.uintp(weights.packed.shape[2])
+
+
+@_jitable
+def layer_address(weights: Any, layer: Any) -> Any:
+    """Where the weights of a layer begin."""
+    groups = np.uintp(weights.packed.shape[1] // _BLOCKS)
+    return np.uintp(weights.packed.ctypes.data) + np.uintp(layer) * groups * group_bytes(weights)
+
+
+class Phases(NamedTuple):
+    """The phases of one kind of product, plain functions for kernels (see `engine.cpu_tasks`)."""
+
+    prepare: Any
+    multiply: Any
+    input_type: Any  # of numpy
+
+
+def _phases(kind: int, input_type: Any, sum_type: Any, bring: Any, finish_sum: Any, store: Any,
+) -> Phases:  # fmt: skip
+    """Build the phases of one kind.
+
+    `bring` makes a row the product's inputs, `store` rounds one value to them, `finish_sum` makes
+    float32 of the product's sums.
     """
-    values = _VALUES[kind]
 
-    @numba.njit(parallel=True, nogil=True, cache=True, boundscheck=False, fastmath=FAST_MATH)
-    def linear(
-        x: Array, gain: Array, offset: Array, epsilon: Any, packed: Array, column_scales: Array,
-        column_sums: Array, bias: Array, activation: Any, residual: Array, adds_residual: Any,
-        out: Array,
+    @_jitable
+    def prepare(
+        counts: Any, phase: Any, x: Any, gain: Any, offset: Any, layer: Any, epsilon: Any,
+        inputs: Any,
     ) -> None:  # fmt: skip
+        """Make rows x (N, C) float32 the inputs of a product, after a LayerNorm if it has gains."""
         num_rows, size = x.shape
-        num_outputs = out.shape[1]
-        num_blocks, steps, _ = packed.shape
-        inputs = np.zeros((num_rows, steps * values), input_type)
-        scales = np.empty(num_rows, np.float32)
-        zeros = np.empty(num_rows, np.int32)
-        if num_rows < _FEW_ROWS:
-            for r in range(num_rows):
-                normalized = np.empty(size, np.float32)
-                _normalize(x[r], load, gain, offset, epsilon, normalized)
-                scales[r], zeros[r] = bring(normalized, inputs[r], store)
-        else:
-            for r in numba.prange(num_rows):
-                normalized = np.empty(size, np.float32)
-                _normalize(x[r], load, gain, offset, epsilon, normalized)
-                scales[r], zeros[r] = bring(normalized, inputs[r], store)
-        for group in numba.prange(num_blocks // _BLOCKS):
+        num_tasks = (num_rows + _ROWS_A_TASK - 1) // _ROWS_A_TASK
+        normalized = np.empty(size, np.float32)
+        while True:
+            task = take(counts, phase)
+            if task >= num_tasks:
+                break
+            for r in range(task * _ROWS_A_TASK, min((task + 1) * _ROWS_A_TASK, num_rows)):
+                row = np.uintp(r)
+                _normalize(x, row, gain, offset, np.uintp(layer), epsilon, normalized)
+                scale, zero = bring(normalized, inputs.rows, row, store)
+                inputs.scales[row], inputs.zeros[row] = scale, zero
+            finish(counts, phase)
+        wait(counts, phase, num_tasks)
+
+    @_jitable
+    def multiply(
+        counts: Any, phase: Any, num_threads: Any, inputs: Any, weights: Any, layer: Any,
+        activation: Any, becomes: Any, out: Any, out_inputs: Any, following: Any,
+        following_bytes: Any,
+    ) -> None:  # fmt: skip
+        """Multiply inputs with the weights of a layer.
+
+        What comes of it is stored in out (N, C) float32, added to it, or stored in out_inputs, the
+        next product's. `following` is the address of the weights that will be wanted next,
+        `following_bytes` what lies between groups of theirs.
+        """
+        num_rows, num_outputs = len(out), weights.num_outputs
+        num_groups = weights.packed.shape[1] // _BLOCKS
+        steps = np.uintp(weights.packed.shape[2])
+        x_bytes, block_bytes = steps * np.uintp(4), steps * np.uintp(4 * _LANES)
+        own_bytes = group_bytes(weights)
+        own = layer_address(weights, layer)
+        x = np.uintp(inputs.rows.ctypes.data)
+        at_layer = np.uintp(layer)
+        sums = np.empty((_ROWS, _WIDTH), sum_type)
+        sums_at = np.uintp(sums.ctypes.data)
+        y = np.empty(_WIDTH, np.float32)
+        while True:
+            group = take(counts, phase)
+            if group >= num_groups:
+                break
+            group_at = own + np.uintp(group) * own_bytes
+            # What this thread will most likely take next.
+            if group + num_threads < num_groups:
+                ahead = group_at + np.uintp(num_threads) * own_bytes
+            else:
+                ahead = following + np.uintp(group + num_threads - num_groups) * following_bytes
             # Indices are unsigned: one that might be negative keeps a loop from being vectorised,
             # and a slice counts its references, which threads would wait for.
             first = np.uintp(group * _WIDTH)
             width = np.uintp(min(_WIDTH, num_outputs - group * _WIDTH))
-            sums = np.empty((_ROWS, _WIDTH), sum_type)
-            y = np.empty(_WIDTH, np.float32)
             for start in range(0, num_rows, _ROWS):
-                rows = min(_ROWS, num_rows - start)
-                _tile(kind, rows, inputs, start, packed, group, sums)
+                rows = np.uintp(min(_ROWS, num_rows - start))
+                turn = np.uintp(start // _ROWS)
+                reads_ahead = num_rows > _ROWS and turn < np.uintp(_BLOCKS)
+                asked = ahead + turn * block_bytes if reads_ahead else group_at
+                _tile(kind, rows, x + np.uintp(start) * x_bytes, group_at, steps, asked, sums_at)
                 for r in range(rows):
-                    row = np.uintp(start + r)
-                    scale, zero = scales[row], zeros[row]
+                    row = np.uintp(start) + r
+                    scale, zero = inputs.scales[row], inputs.zeros[row]
                     for c in range(np.uintp(_WIDTH)):
                         at = first + c
-                        y[c] = finish(sums[r, c], scale, zero, column_scales[at], column_sums[at])
-                        y[c] += bias[at]
+                        total = finish_sum(
+                            sums[r, c], scale, zero, weights.column_scales[at_layer, at],
+                            weights.column_sums[at_layer, at],
+                        )  # fmt: skip
+                        y[c] = total + weights.bias[at_layer, at]
                     if activation == 1:
-                        for c in range(_WIDTH):
+                        for c in range(np.uintp(_WIDTH)):
                             y[c] = gelu_tanh(y[c])
                     elif activation == 2:
-                        for c in range(_WIDTH):
+                        for c in range(np.uintp(_WIDTH)):
                             y[c] = gelu_erf(y[c])
                     elif activation == 3:
-                        for c in range(_WIDTH):  # NaN stays: comparing with it is false
+                        for c in range(np.uintp(_WIDTH)):  # NaN stays: comparing with it is false
                             y[c] = np.float32(0) if y[c] < np.float32(0) else y[c]
-                    if adds_residual:
+                    if becomes == INPUTS:
                         for c in range(width):
-                            y[c] += load(residual[row, first + c])
-                    for c in range(width):
-                        out[row, first + c] = keep(y[c])
+                            out_inputs[row, first + c] = store(y[c])
+                    elif becomes == ADDED:
+                        for c in range(width):
+                            out[row, first + c] += y[c]
+                    else:
+                        for c in range(width):
+                            out[row, first + c] = y[c]
+            finish(counts, phase)
+        wait(counts, phase, num_groups)
+
+    return Phases(prepare, multiply, input_type)
+
+
+PHASES = {
+    FLOAT32: _phases(FLOAT32, np.float32, np.float32, _round, _plain, same),
+    BFLOAT16: _phases(BFLOAT16, np.uint16, np.float32, _round, _plain, narrow),
+    INT8: _phases(INT8, np.uint8, np.int32, _quantize, _scaled, same),
+}
+
+
+@functools.cache
+def _compile(kind: int) -> Any:
+    """Build the kernel of one product by itself."""
+    prepare, multiply, *_ = PHASES[kind]
+
+    @numba.njit(**KERNEL)
+    def linear(
+        thread: Any, num_threads: Any, counts: Any, x: Any, epsilon: Any, inputs: Any,
+        weights: Any, layer: Any, activation: Any, becomes: Any, out: Any,
+    ) -> None:  # fmt: skip
+        counts, x, out = borrow(counts), borrow(x), borrow(out)
+        inputs, weights = borrow_inputs(inputs), borrow_weights(weights)
+        prepare(counts, 0, x, weights.gain, weights.offset, layer, epsilon, inputs)
+        multiply(
+            counts, 1, num_threads, inputs, weights, layer, activation, becomes, out, inputs.rows,
+            layer_address(weights, 0), group_bytes(weights),
+        )  # fmt: skip
 
     return linear
 
 
-_linear_float32 = _compile(FLOAT32, np.float32, np.float32, _round, _plain, same, same, same)
-_linear_bfloat16 = _compile(BFLOAT16, np.uint16, np.float32, _round, _plain, widen, narrow, narrow)
-_head_bfloat16 = _compile(BFLOAT16, np.uint16, np.float32, _round, _plain, widen, narrow, same)
-_linear_int8 = _compile(INT8, np.uint8, np.int32, _quantize, _scaled, widen, narrow, narrow)
-_head_int8 = _compile(INT8, np.uint8, np.int32, _quantize, _scaled, widen, narrow, same)
+class PackedWeights:
+    """Where the weights of one product in all layers are packed."""
+
+    def __init__(self, num_layers: int, num_outputs: int, size: int, kind: int) -> None:
+        """Make room for weights (num_outputs, size) of each layer; `take` fills it."""
+        self.kind = kind
+        self.num_outputs = num_outputs
+        self._size = size
+        padded = -(-num_outputs // _WIDTH) * _WIDTH
+        self._steps = -(-size // _VALUES[kind])
+        self._packed = huge_pages((num_layers, padded // _LANES, self._steps, 4 * _LANES), np.uint8)
+        self._column_scales = np.ones((num_layers, padded), np.float32)
+        self._column_sums = np.zeros((num_layers, padded), np.int32)
+        self._bias = np.zeros((num_layers, padded), np.float32)
+        self._gain = np.zeros((num_layers, 0), np.float32)
+        self._offset = np.zeros((num_layers, 0), np.float32)
+        self.epsilon = np.float32(0)
+
+    def take(
+        self, layer: int, weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm | None = None
+    ) -> None:
+        """Pack weight (out, in), float32 or bfloat16; the caller may drop its own copy.
+
+        Weights of kind INT8 become 8 bits by the range of each output, and their inputs will by
+        the range of each row.
+        """
+        weight = weight.detach()
+        offset: Tensor | None = None
+        if norm is not None:
+            self.epsilon = np.float32(norm.eps)
+            if not self._gain.size:
+                shape = (len(self._gain), self._size)
+                self._gain, self._offset = np.ones(shape, np.float32), np.zeros(shape, np.float32)
+            offset = norm.bias
+        if self.kind == INT8:
+            weight = weight.float()
+            if norm is not None:
+                # A norm's gains may make a few channels loud, and 8 bits would hold only those. So
+                # weights and bias take gains and offsets over: what is quantised is even.
+                if offset is not None:
+                    added = weight @ offset.detach().float()
+                    bias = added if bias is None else bias.detach().float() + added
+                weight = weight * norm.weight.detach().float()
+            scales = weight.abs().amax(1).clamp(min=1e-30) / 127
+            weight = (weight / scales[:, None]).round().to(torch.int8)
+            self._column_scales[layer, : len(weight)] = scales
+            self._column_sums[layer, : len(weight)] = weight.sum(1, dtype=torch.int32)
+        elif norm is not None:
+            self._gain[layer] = norm.weight.detach().float()
+            if offset is not None:
+                self._offset[layer] = offset.detach().float()
+        if bias is not None:
+            self._bias[layer, : len(weight)] = bias.detach().float()
+        _pack(weight, self._packed[layer])
+
+    @property
+    def weights(self) -> Weights:
+        """What kernels read."""
+        return Weights(
+            self._packed, self._column_scales, self._column_sums, self._bias, self._gain,
+            self._offset, self.num_outputs,
+        )  # fmt: skip
+
+    @property
+    def num_bytes(self) -> int:
+        """What it holds in memory."""
+        return sum(array.nbytes for array in self.weights[:-1])
+
+    def inputs(self, num_rows: int, scratch: Scratch, name: str) -> Inputs:
+        """Make room for rows of its inputs."""
+        phases = PHASES[self.kind]
+        width = self._steps * _VALUES[self.kind]
+        return Inputs(
+            scratch.array(name, num_rows, width, phases.input_type),
+            np.empty(num_rows, np.float32),
+            np.empty(num_rows, np.int32),
+        )
 
 
 class FusedLinear(nn.Module):
     """y = activation(LayerNorm(x) W^T + b) + residual, with W packed; each part but W optional.
 
-    x is (N, in) in float32 or bfloat16, y (N, out) in the same or, as an output head, in float32.
+    x is (N, in) and y (N, out), both float32.
     """
 
     def __init__(
@@ -313,78 +510,75 @@ class FusedLinear(nn.Module):
         norm: nn.LayerNorm | None = None,
         activation: Activation | None = None,
         quantizes: bool = False,
-        is_head: bool = False,
     ) -> None:
         """Pack weight (out, in) float32 or bfloat16; the caller may drop its own copy.
 
-        With `quantizes`, weights become 8 bits by the range of each output, and inputs 8 bits by
-        the range of each row. `can_fuse` says whether this machine has the kernels.
+        With `quantizes`, the product has weights of 8 bits. `can_fuse` says whether this machine
+        has the kernels.
         """
+        kind = kind_of(weight.dtype, quantizes=quantizes)
+        weights = PackedWeights(1, *weight.shape, kind)
+        weights.take(0, weight, bias, norm)
+        self._set(weights, 0, activation)
+
+    @classmethod
+    def of(cls, weights: PackedWeights, *, layer: int) -> "FusedLinear":
+        """The product of one layer of weights packed already."""
+        product = cls.__new__(cls)
+        product._set(weights, layer, None)
+        return product
+
+    def _set(self, weights: PackedWeights, layer: int, activation: Activation | None) -> None:
         super().__init__()
-        weight = weight.detach()
-        dtype = weight.dtype
-        self._num_outputs = len(weight)
-        self._out_dtype = torch.float32 if is_head else dtype
-        padded = -(-len(weight) // _WIDTH) * _WIDTH
-        column_scales = torch.ones(padded)
-        column_sums = torch.zeros(padded, dtype=torch.int32)
-        gain: Tensor | None = None if norm is None else norm.weight
-        offset: Tensor | None = None if norm is None else norm.bias
-        if quantizes:
-            weight = weight.float()
-            if norm is not None:
-                # A norm's gains may make a few channels loud, and 8 bits would hold only those. So
-                # weights and bias take gains and offsets over: what is quantised is even.
-                if offset is not None:
-                    added = weight @ offset.detach().float()
-                    bias = added if bias is None else bias.detach().float() + added
-                weight = weight * norm.weight.detach().float()
-                gain, offset = torch.ones(weight.shape[1]), None
-            scales = weight.abs().amax(1).clamp(min=1e-30) / 127
-            weight = (weight / scales[:, None]).round().to(torch.int8)
-            column_scales[: len(weight)] = scales
-            column_sums[: len(weight)] = weight.sum(1, dtype=torch.int32)
-        self._packed = _pack(weight)
-        self._columns = (column_scales.numpy(), column_sums.numpy())
-        self._bias = _float32(bias, padded)
-        self._gain = _float32(gain, 0)
-        self._offset = _float32(offset, len(self._gain))
-        self._epsilon = np.float32(0 if norm is None else norm.eps)
-        self._activation = _ACTIVATIONS[activation]
-        if dtype == torch.float32 and not quantizes:
-            self._kernel = _linear_float32
-        elif quantizes:
-            self._kernel = _head_int8 if is_head else _linear_int8
-        else:
-            self._kernel = _head_bfloat16 if is_head else _linear_bfloat16
+        self._weights = weights
+        self._layer = layer
+        self._activation = ACTIVATION_NUMBERS[activation]
+        self._scratch = Scratch()
+
+    @property
+    def num_bytes(self) -> int:
+        """What the packed weights hold in memory."""
+        return self._weights.num_bytes
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map x (N, in) to (N, out), plus a residual (N, out)."""
-        out = torch.empty(len(x), self._num_outputs, dtype=self._out_dtype)
-        y = view(out)
-        self._kernel(
-            view(x), self._gain, self._offset, self._epsilon, self._packed, *self._columns,
-            self._bias, self._activation, view(x if residual is None else residual),
-            residual is not None, y,
+        packed = self._weights
+        if residual is None:
+            out, becomes = torch.empty(len(x), packed.num_outputs), STORED
+        else:
+            out, becomes = residual.to(torch.float32, copy=True), ADDED
+        team(torch.get_num_threads()).run(
+            _compile(packed.kind), counters(2), x.float().contiguous().numpy(), packed.epsilon,
+            packed.inputs(len(x), self._scratch, "inputs"), packed.weights, self._layer,
+            self._activation, becomes, out.numpy(),
         )  # fmt: skip
         return out
 
 
-def _pack(weight: Tensor) -> Array:
+def kind_of(dtype: torch.dtype, *, quantizes: bool) -> int:
+    """The kind of product for weights of a type."""
+    if quantizes:
+        return INT8
+    return BFLOAT16 if dtype == torch.bfloat16 else FLOAT32
+
+
+def row_buffers(
+    kind: int, num_rows: int, steps: int, scratch: Scratch, name: str
+) -> tuple[Array, Array, Array]:
+    """Make room for a product's inputs, padded with zeros, and the scale and zero of each row."""
+    phases = PHASES[kind]
+    inputs = scratch.array(name, num_rows, steps * phases.values, phases.input_type)
+    return inputs, np.empty(num_rows, np.float32), np.empty(num_rows, np.int32)
+
+
+def _pack(weight: Tensor, packed: Array) -> None:
     """Order a weight (out, in) as tiles read it: (blocks of 16 outputs, steps, 64 bytes)."""
     values = 4 // weight.itemsize
     num_outputs, size = weight.shape
-    steps = -(-size // values)
-    padded = weight.new_zeros(-(-num_outputs // _WIDTH) * _WIDTH, steps * values)
-    padded[:num_outputs, :size] = weight
-    blocks = padded.view(-1, _LANES, steps, values).transpose(1, 2).contiguous()
-    packed: Array = blocks.view(torch.uint8).view(len(blocks), steps, 4 * _LANES).numpy()
-    return packed
-
-
-def _float32(values: Tensor | None, size: int) -> Array:
-    """Values as float32 for a kernel, padded with zeros to a size."""
-    padded = np.zeros(max(size, 0 if values is None else len(values)), np.float32)
-    if values is not None:
-        padded[: len(values)] = values.detach().float().numpy()
-    return padded
+    num_blocks, steps, _ = packed.shape
+    if (num_outputs, size) != (num_blocks * _LANES, steps * values):
+        padded = weight.new_zeros(num_blocks * _LANES, steps * values)
+        padded[:num_outputs, :size] = weight
+        weight = padded
+    blocks = torch.from_numpy(packed).view(weight.dtype).view(num_blocks, steps, _LANES, values)
+    blocks.copy_(weight.view(num_blocks, _LANES, steps, values).transpose(1, 2))

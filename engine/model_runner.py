@@ -24,7 +24,7 @@ from engine.cuda_graph import (
 )
 from engine.draw import draw as draw_by_definition
 from engine.kv_cache import KVCache
-from engine.linear import FusedBlock, Head, pack
+from engine.linear import Head, pack
 from engine.messages import TopLogprobs
 from engine.sampler import sample, token_logprobs
 from engine.sampling_row import SamplingRow
@@ -194,9 +194,7 @@ class ModelRunner:
         products: tuple[Any, ...]
         if isinstance(block, Block):
             products = (block.attn.c_attn, block.attn.c_proj, block.mlp, self._head)
-        elif isinstance(block, FusedBlock):
-            products = (block.c_attn, block.attn_c_proj, block.c_fc, self._head)
-        else:  # a GPU's
+        else:
             products = (*block.products, self._head)
         return all(
             torch.equal(product(x)[:count], product(x[:count]))

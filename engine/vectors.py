@@ -159,6 +159,35 @@ def prefetch(context: Any, cache: Any, keys: Any, first: Any) -> Any:
 
 
 @numba.extending.intrinsic
+def fetch(context: Any, cache: Any, number: Any, count: Any, writes: Any) -> Any:
+    """Ask for `count` rows of the cache from row `number` on, to read them or else to write."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows = _Cache(context, builder, signature.args[0], arguments[0])
+        start = builder.add(rows.data, builder.mul(arguments[1], rows.row_bytes))
+        num_bytes = builder.mul(arguments[2], rows.row_bytes)
+
+        def ask_with(intent: int) -> None:
+            options = [ir.Constant(_word, value) for value in (intent, 2, 1)]
+
+            def fetch_line(offset: Any, _: Sequence[Any]) -> list[Any]:
+                place = builder.inttoptr(builder.add(start, offset), _byte.as_pointer())
+                _call(builder, "llvm.prefetch.p0", ir.VoidType(), place, *options)
+                return []
+
+            _loop(builder, _number(0), num_bytes, _LINE, [], fetch_line)
+
+        with builder.if_else(arguments[3]) as (to_write, to_read):
+            with to_write:
+                ask_with(1)
+            with to_read:
+                ask_with(0)
+        return context.get_dummy_value()
+
+    return types.void(cache, types.intp, types.intp, types.boolean), generate
+
+
+@numba.extending.intrinsic
 def gather_columns(context: Any, cache: Any, keys: Any, first: Any, columns: Any) -> Any:
     """Turn 16 rows of the cache, those listed from keys[first] on, into D columns of float32.
 

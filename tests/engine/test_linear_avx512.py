@@ -2,22 +2,26 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from engine.attention_cpu import CPUPagedAttention
+from engine.batch import ModelInput
 from engine.config import EngineConfig, LaunchConfig
-from engine.linear import FusedBlock, Head, can_fuse
+from engine.kv_cache import KVCache
+from engine.layers_avx512 import FusedLayers
+from engine.linear import Head, can_fuse
 from engine.linear_avx512 import FusedLinear
 from engine.loading import load_engine
 from engine.messages import TopLogprobs
 from engine.sampling_params import SamplingParams
 from model.attention import CausalAttention
 from model.config import Activation, GPTConfig
-from model.gpt import ACTIVATIONS, Block
+from model.gpt import ACTIVATIONS
 from tests.tiny_models import gpt_with_outliers, tiny_config, tiny_gpt
 
 BUDGET = EngineConfig().max_num_scheduled_tokens
@@ -84,7 +88,7 @@ def test_fused_product_equals_its_parts(
         expected = ACTIVATIONS[activation](expected)
     if residual is not None:
         expected += residual.double()
-    assert y.dtype == dtype
+    assert y.dtype == torch.float32
     assert y.shape == (num_rows, num_out)
     name = IDS[PRECISIONS.index((dtype, quantizes))]
     assert relative_error(y, expected) < TOLERANCE[name] * (2 if num_in == 3 else 1)
@@ -162,26 +166,32 @@ def test_a_row_that_is_not_finite_stays_so_and_alone(
 
 @in_every_precision
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_fused_block_equals_the_model_s(
-    activation: Activation, dtype: torch.dtype, quantizes: bool
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_layers_equal_the_model_s(
+    activation: Activation, bias: bool, dtype: torch.dtype, quantizes: bool
 ) -> None:
     config = GPTConfig(
-        n_layer=1, n_head=2, n_embd=48, n_ctx=32, vocab_size=10, activation=activation
+        n_layer=3, n_head=2, n_embd=48, n_ctx=32, vocab_size=10, activation=activation, bias=bias
     )
-    block = tiny_gpt(config).to(dtype).h[0].requires_grad_(False)
-    assert isinstance(block, Block)
-    attend = CausalAttention(config)
-    x = torch.randn(20, 48).to(dtype)
+    model = tiny_gpt(config).to(dtype).requires_grad_(False)
+    tokens, positions = torch.arange(20) % 10, torch.arange(20)
+    cache = KVCache(config, num_blocks=6, block_size=4, dtype=dtype, device="cpu")
+    tables = torch.tensor([[3, 1, 5, 2, 4]], dtype=torch.int32)
+    batch = ModelInput(
+        tokens=tokens, positions=positions, row_sequences=torch.zeros(20, dtype=torch.int64),
+        block_tables=tables, slot_blocks=tables[0, positions // 4].long(),
+        slot_offsets=positions % 4,
+    )  # fmt: skip
+    x = model.wte(tokens) + model.wpe(positions)
 
-    y = FusedBlock(block, activation, quantizes=quantizes)(x, lambda *a: _flat(attend, *a))
+    y = FusedLayers(model, quantizes=quantizes)(x, CPUPagedAttention(config, cache, batch))
 
-    expected = block.double()(x.double(), lambda *a: _flat(attend, *a))
-    limit = 3e-2 if quantizes else 1e-6 if dtype == torch.float32 else 1e-2
-    assert relative_error(y, expected) < limit
-
-
-def _flat(attend: Callable[..., Tensor], layer: int, *qkv: Tensor) -> Tensor:
-    return attend(layer, *(t[None] for t in qkv))[0]
+    model.double()
+    expected, attend = x.double()[None], CausalAttention(config)
+    for block in model.h:
+        expected = block(expected, attend)
+    limit = 4e-2 if quantizes else 1e-6 if dtype == torch.float32 else 1e-2
+    assert relative_error(y, expected[0]) < limit
 
 
 def test_eight_bits_bear_an_offset_and_loud_channels() -> None:

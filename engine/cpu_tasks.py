@@ -1,0 +1,190 @@
+"""How the threads of one kernel share out its work: phases, each a number of tasks to be taken.
+
+A thread takes the next task of a phase, whichever it is, and when none is left waits until the
+tasks of the others are done: never for a thread that has taken none. So a thread that comes late
+(its core belongs to the server just then) costs nothing but its help, and one thread alone, or
+one after another, get through as well. Plain functions for numba's kernels; they know no model.
+"""
+
+import ctypes
+import functools
+import os
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+
+from engine.cpu_math import Array
+
+Kernel = Callable[..., None]  # compiled, and without the interpreter's lock while it runs
+_Call = tuple[Kernel, tuple[Any, ...]]
+
+_libc = ctypes.CDLL(None)
+
+_PATIENCE = 2000  # looks at a count before the core is offered to others: some 30 microseconds
+
+
+class Team:
+    """Threads that run the same kernel side by side, the caller's among them.
+
+    The call ends when the caller's own part does, and a kernel of phases ends when its tasks are
+    done: a thread that is late then finds none, and touches nothing but the counts. A parallel
+    loop of a compiler's would wait for it, and takes as long again to compile.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._threads: list[threading.Thread] = []
+        self._inboxes: list[SimpleQueue[_Call]] = []
+        for thread in range(1, num_threads):
+            inbox: SimpleQueue[_Call] = SimpleQueue()
+            self._inboxes.append(inbox)
+            name = f"kvik-cpu-{thread}"
+            follower = threading.Thread(
+                target=_follow, args=(thread, inbox), name=name, daemon=True
+            )
+            follower.start()
+            self._threads.append(follower)
+        # Only Linux tells and takes it.
+        self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+        self._core = -1
+
+    def run(self, kernel: Kernel, *arguments: Any) -> None:
+        """Call `kernel(thread, num_threads, *arguments)` in every thread, the caller's being 0."""
+        if self._inboxes and len(self._cores) > 1:
+            self._keep_apart()
+        call = (kernel, (self.num_threads, *arguments))
+        for inbox in self._inboxes:
+            inbox.put(call)
+        kernel(0, *call[1])
+
+    def _keep_apart(self) -> None:
+        """Keep the other threads off the caller's core.
+
+        The system likes to wake a thread where it was woken from, and to move it milliseconds
+        later: by then the step is over.
+        """
+        core = _libc.sched_getcpu()
+        if core == self._core:
+            return
+        self._core = core
+        others = self._cores - {core}
+        for thread in self._threads:
+            assert thread.native_id is not None
+            os.sched_setaffinity(thread.native_id, others)
+
+
+def _follow(thread: int, inbox: "SimpleQueue[_Call]") -> None:
+    while True:
+        kernel, arguments = inbox.get()
+        kernel(thread, *arguments)
+        del kernel, arguments  # arrays that a step has outgrown may go
+
+
+@functools.cache
+def team(num_threads: int) -> Team:
+    """The threads of this process, as many in all: there is no use in more of them than cores."""
+    return Team(num_threads)
+
+
+def counters(num_phases: int) -> Array:
+    """Make the counts of tasks taken and done of each phase, a cache line each."""
+    return np.zeros((num_phases, 2, 8), np.int64)
+
+
+def _place(context: Any, builder: Any, kind: Any, array: Any, phase: Any, which: int) -> Any:
+    found = context.make_array(kind)(context, builder, array)
+    indices = [phase, *(ir.Constant(phase.type, index) for index in (which, 0))]
+    return cgutils.get_item_pointer(context, builder, kind, found, indices)
+
+
+@numba.extending.intrinsic
+def take(context: Any, counts: Any, phase: Any) -> Any:
+    """Take the next task of a phase: its number, or one too high when none is left."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        taken = _place(context, builder, signature.args[0], *arguments, 0)
+        return builder.atomic_rmw("add", taken, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.intp(counts, types.intp), generate
+
+
+@numba.extending.intrinsic
+def finish(context: Any, counts: Any, phase: Any) -> Any:
+    """Tell that a task is done, and with it everything that it wrote."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        done = _place(context, builder, signature.args[0], *arguments, 1)
+        builder.atomic_rmw("add", done, ir.Constant(ir.IntType(64), 1), "release")
+        return context.get_dummy_value()
+
+    return types.void(counts, types.intp), generate
+
+
+@numba.extending.intrinsic
+def _num_done(context: Any, counts: Any, phase: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        done = _place(context, builder, signature.args[0], *arguments, 1)
+        return builder.load_atomic(done, "acquire", 8)
+
+    return types.intp(counts, types.intp), generate
+
+
+@numba.extending.intrinsic
+def _yield_core(context: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        function = cgutils.get_or_insert_function(builder.module, kind, "sched_yield")
+        builder.call(function, [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@numba.extending.intrinsic
+def _pause(context: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause")
+        builder.call(function, [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@numba.extending.intrinsic
+def _stamp(context: Any, counts: Any, phase: Any) -> Any:
+    """Note the processor's clock beside the count of what is done."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        done = _place(context, builder, signature.args[0], *arguments, 1)
+        clock = ir.FunctionType(ir.IntType(64), [])
+        function = cgutils.get_or_insert_function(builder.module, clock, "llvm.readcyclecounter")
+        at = builder.gep(done, [ir.Constant(ir.IntType(32), 1)])
+        builder.store_atomic(builder.call(function, []), at, "monotonic", 8)
+        return context.get_dummy_value()
+
+    return types.void(counts, types.intp), generate
+
+
+def phase_ends(counts: Array) -> Array:
+    """When the phases of a run ended, by a clock of the processor's own."""
+    return counts[:, 1, 1]
+
+
+@numba.extending.register_jitable
+def wait(counts: Any, phase: Any, num_tasks: Any) -> None:
+    """Wait until all tasks of a phase are done, and see what they wrote."""
+    looks = 0
+    while _num_done(counts, phase) < num_tasks:
+        looks += 1
+        if looks < _PATIENCE:
+            _pause()
+        else:
+            _yield_core()
+    _stamp(counts, phase)

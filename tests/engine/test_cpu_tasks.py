@@ -1,0 +1,90 @@
+"""Threads that share out phases: every task once, in its phase, whoever comes and whenever."""
+
+import threading
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+from engine.cpu_math import KERNEL
+from engine.cpu_tasks import Team, counters, finish, phase_ends, take, wait
+
+NUM_TASKS = 50
+
+
+@numba.njit(**{**KERNEL, "cache": False})
+def add_up(thread: Any, num_threads: Any, counts: Any, values: Any) -> None:
+    """In each phase, every value becomes the sum of its neighbours' in the phase before."""
+    for phase in range(len(counts)):
+        while True:
+            task = take(counts, phase)
+            if task >= NUM_TASKS:
+                break
+            before = values[phase]
+            after = before[task] + before[(task + 1) % NUM_TASKS] + 1
+            values[phase + 1, task] = after % 1_000_003
+            finish(counts, phase)
+        wait(counts, phase, NUM_TASKS)
+
+
+def expected(num_phases: int) -> np.ndarray:
+    values = np.arange(NUM_TASKS)
+    for _ in range(num_phases):
+        values = (values + np.roll(values, -1) + 1) % 1_000_003
+    return values
+
+
+def start_values(num_phases: int) -> np.ndarray:
+    values = np.zeros((num_phases + 1, NUM_TASKS), np.int64)
+    values[0] = np.arange(NUM_TASKS)
+    return values
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_no_phase_begins_before_the_last_is_done(num_threads: int) -> None:
+    team = Team(num_threads)
+
+    for _ in range(20):
+        values = start_values(300)
+        team.run(add_up, counters(300), values)
+
+        assert np.array_equal(values[-1], expected(300))
+
+
+def test_threads_one_after_another_get_through_as_well() -> None:
+    counts, values = counters(10), start_values(10)
+    add_up(0, 3, counts, values)
+    done = values.copy()
+
+    for late in (1, 2):
+        add_up(late, 3, counts, values)
+
+    assert np.array_equal(values[-1], expected(10))
+    assert np.array_equal(values, done)
+
+
+def test_the_caller_does_not_wait_for_one_who_never_comes() -> None:
+    team = Team(2)
+    gate = threading.Event()
+
+    def kernel(thread: int, _: int, counts: np.ndarray, values: np.ndarray) -> None:
+        if thread == 1:
+            gate.wait()
+        add_up(thread, 2, counts, values)
+
+    counts, values = counters(10), start_values(10)
+    team.run(kernel, counts, values)
+    gate.set()
+
+    assert np.array_equal(values[-1], expected(10))
+
+
+def test_the_ends_of_phases_are_in_order() -> None:
+    counts = counters(8)
+
+    Team(1).run(add_up, counts, start_values(8))
+
+    ends = phase_ends(counts)
+    assert (ends > 0).all()
+    assert (np.diff(ends) > 0).all()
