@@ -64,7 +64,8 @@ def products(rows: int, rounds: int) -> Table:
 def attention(rounds: int) -> Table:
     """Attention of one layer over the paged cache."""
     table = Table(title="attention of a layer, µs")
-    for heading in ("sequences", "rows of each", "last position", "bfloat16", "float32"):
+    headings = ("bfloat16", "bfloat16, int8 cache", "float32", "float32, int8 cache")
+    for heading in ("sequences", "rows of each", "last position", *headings):
         table.add_column(heading, justify="right")
     for num_sequences, rows, length in ((1, 1, 64), (32, 1, 64), (32, 1, 256), (1, 512, 512)):
         num_blocks = num_sequences * 64 + 1
@@ -76,10 +77,18 @@ def attention(rounds: int) -> Table:
             slot_blocks=tables[sequences, positions // 16].long(), slot_offsets=positions % 16,
         )  # fmt: skip
         found = []
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype, cache_dtype in (
+            (torch.bfloat16, torch.bfloat16),
+            (torch.bfloat16, torch.int8),
+            (torch.float32, torch.float32),
+            (torch.float32, torch.int8),
+        ):
             cache = KVCache(
-                _CONFIG, num_blocks=num_blocks, block_size=16, dtype=dtype, device="cpu"
+                _CONFIG, num_blocks=num_blocks, block_size=16, dtype=cache_dtype, device="cpu"
             )
+            # Memory that nobody wrote is the same page everywhere, and so in the nearest cache.
+            cache.k.fill_(1)
+            cache.v.fill_(1)
             attend = CPUPagedAttention(_CONFIG, cache, batch)
             q, k, v = torch.randn(len(positions), 3, 12, 64).to(dtype).unbind(1)
             calls = [

@@ -1,5 +1,10 @@
 """The CPU kernels against the plain reference, and both against attention without a cache."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,7 +55,8 @@ def make_cache(
 def rounded(x: Tensor) -> Tensor:
     """What 8 bits with a scale for the last dimension hold of x."""
     largest = x.float().abs().amax(-1, keepdim=True)
-    codes = (x.double() * (127 / largest).double()).round()  # exact, and so are ties
+    factors = torch.full_like(largest, 127) / largest
+    codes = (x.double() * factors.double()).round()  # exact, and so are ties
     return codes.float() * (largest / 127)
 
 
@@ -272,6 +278,33 @@ def test_a_broken_key_or_value_breaks_the_rows_that_see_it_and_no_others(
     assert not torch.isfinite(y[4:10]).any()
     assert torch.equal(y[10:15], healthy[10:15])
     assert not torch.isfinite(y[15:]).any()
+
+
+def test_kernels_serve_processors_with_shorter_vectors(tmp_path: Path) -> None:
+    """The same tests where LLVM knows of AVX2 alone, and must split vectors of 16 numbers."""
+    if "avx2" not in Path("/proc/cpuinfo").read_text(encoding="ascii"):
+        pytest.skip("needs a processor with AVX2")
+    names = (
+        "test_the_cache_may_be_of_another_precision",
+        "test_a_row_has_the_same_bytes_for_any_size_of_blocks_and_chunks",
+    )
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "x86-64-v3",
+        "NUMBA_CPU_FEATURES": "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *(f"{__file__}::{name}" for name in names)],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout
 
 
 def test_reference_reads_nothing_back_to_the_host() -> None:
