@@ -451,8 +451,10 @@ def _score_row(
         return
     row = _Row(logits, first, size, peaks, _logit(best), np.float64(1), np.float32(LOG2_E))
     _, mass = _weigh(row, _rank_at(row, WEIGHTLESS), size)
-    total = np.float64(row.best) + math.log(np.float64(mass) * 2.0**-UNIT_BITS)
-    logprobs[at] = np.float32(np.float64(logits[first + np.uintp(token_ids[at])]) - total)
+    highest = -math.log(np.float64(mass) * 2.0**-UNIT_BITS)
+    # Differences first: beside an enormous logit the logarithm would vanish.
+    below = np.float64(logits[first + np.uintp(token_ids[at])]) - np.float64(row.best)
+    logprobs[at] = np.float32(below + highest)
     if num_top == 0:
         return
     rank, before = _end(row, _LEAST, np.int64(num_top), _INFINITY)
@@ -473,8 +475,8 @@ def _score_row(
                     top_ids[at, place] = token
                     count += np.uintp(1)
     for i in range(num_top):
-        logit = logits[first + np.uintp(top_ids[at, i])]
-        top_logprobs[at, i] = np.float32(np.float64(logit) - total)
+        below = np.float64(logits[first + np.uintp(top_ids[at, i])]) - np.float64(row.best)
+        top_logprobs[at, i] = np.float32(below + highest)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, boundscheck=False)
