@@ -159,20 +159,27 @@ def _mass(logit: Any, best: Any, scale: Any) -> Any:
 def _weigh(row: Any, rank: Any, before: Any) -> Any:
     """Count and weigh the tokens of higher rank, and those of this one and an id below `before`."""
     count, total = np.int64(0), np.int64(0)
-    for block in range(np.uintp(len(row.peaks))):
-        if row.peaks[block] >= rank:
-            start = block * _BLOCK
-            stop = min(start + _BLOCK, row.size)
-            middle = min(max(start, before), stop)
-            for part in range(2):
-                begin = start if part == 0 else middle
-                end = middle if part == 0 else stop
-                bar = np.int32(rank + np.int32(part))
-                for at in range(row.first + begin, row.first + end):
-                    mass = _mass(row.logits[at], row.best, row.scale)
-                    is_counted = _rank(row.logits[at]) >= bar
-                    count += np.int64(1) if is_counted else np.int64(0)
-                    total += mass if is_counted else np.int64(0)
+    num_blocks = np.uintp(len(row.peaks))
+    block = np.uintp(0)
+    while block < num_blocks:
+        if row.peaks[block] < rank:
+            block += np.uintp(1)
+            continue
+        # Neighbouring blocks together: a long loop makes better use of vectors.
+        start = block * _BLOCK
+        while block < num_blocks and row.peaks[block] >= rank:
+            block += np.uintp(1)
+        stop = min(block * _BLOCK, row.size)
+        middle = min(max(start, before), stop)
+        for part in range(2):
+            begin = start if part == 0 else middle
+            end = middle if part == 0 else stop
+            bar = np.int32(rank + np.int32(part))
+            for at in range(row.first + begin, row.first + end):
+                mass = _mass(row.logits[at], row.best, row.scale)
+                is_counted = _rank(row.logits[at]) >= bar
+                count += np.int64(1) if is_counted else np.int64(0)
+                total += mass if is_counted else np.int64(0)
     return count, total
 
 
