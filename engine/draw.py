@@ -1,7 +1,7 @@
 """Choose one token a row from edited logits: the definition of the filters and of the draw.
 
 A few operations on whole rows, with static shapes and no host reads: this is what a GPU runs, and
-what `engine.draw_gathered`, the same draw for a CPU, is tested against. It knows no requests.
+what `engine.sampler_cpu`, the same draw for a CPU, is tested against. It knows no requests.
 
 x = (logit - highest logit) / temperature; tokens are ordered by logit, highest first, the lower id
 first among equals. Filters keep, one after another: the first `top_k`; of these the shortest
@@ -12,22 +12,25 @@ highest x + noise wins, the lower id among equals.
 
 A row's token does not depend on what else is in the batch: masses are whole numbers, in units of
 2^-36 of the first token's, so float64 sums over a vocabulary (fewer than 2^17 tokens) are exact and
-have no order. All else is elementwise, a maximum or a comparison. Not promised across devices is
-the last bit of `exp`, and with it the edge of a filter by mass.
+have no order. All else is elementwise, a maximum or a comparison; a mass is made of operations that
+every device rounds alike.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.random_stream import NoiseKeys
 
-CHUNK = 64  # neighbouring ids whose highest logit is found first, to look at no other chunks
+CHUNK = 64  # neighbouring ids whose highest logit `lowest_argmax` finds first
 WEIGHTLESS = -26.0  # an x whose mass is less than half a unit
-
-_UNIT = 2.0**36
+UNIT_BITS = 36  # the first token has 2^36 units of mass
+LOG2_E = math.log2(math.e)
+MASSLESS = np.float32(-40)  # a power of 2 that is surely no unit; lower ones leave float32
+POWERS_OF_TWO = tuple(math.log(2) ** k / math.factorial(k) for k in range(1, 7))  # Taylor's
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +116,21 @@ def chunk_peaks(logits: Tensor) -> Tensor:
 
 
 def mass(logits: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
-    """Compute the mass of tokens in whole units: (R, V) logits, (R,) the rest, (R, V) float32."""
-    x = (logits - best[:, None]).div_(temperature.float()[:, None])
-    return x.exp_().mul_(_UNIT).round_()
+    """Compute the mass of tokens in whole units: (R, V) logits, (R,) the rest, (R, V) float32.
+
+    An exponential of its own, within 5e-6: 2 to the whole part of a power, by its bits, times 2 to
+    the rest, by a polynomial. Each operation is rounded by itself, and whoever repeats them (no
+    fused multiply-add!) gets the same bits, on any device.
+    """
+    scale = (LOG2_E / temperature).float()
+    power = (logits - best[:, None]).mul_(scale[:, None]).clamp_(min=float(MASSLESS))
+    whole = power.round()
+    rest = power.sub_(whole)
+    y = torch.full_like(rest, POWERS_OF_TWO[-1])
+    for coefficient in (*reversed(POWERS_OF_TWO[:-1]), 1.0):
+        y.mul_(rest).add_(coefficient)
+    bits = whole.int().add_(UNIT_BITS + 127).bitwise_left_shift_(23)
+    return y.mul_(bits.view(torch.float32)).round_()
 
 
 def sum_of(masses: Tensor) -> Tensor:

@@ -193,7 +193,10 @@ class Engine:
         Raises DoesNotFit if there is no memory for even this.
         """
         # Prompt logprobs, because a request with them leaves no trace in the prefix cache's counts.
-        params = SamplingParams(max_tokens=2, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+        # On a CPU one kernel chooses every kind of token and another scores them: this needs both.
+        params = SamplingParams(
+            max_tokens=2, temperature=1.0, ignore_eos=True, logprobs=0, prompt_logprobs=0
+        )
         for _, output in self.generate([0, 0], params):
             if output.error_code == _OUT_OF_MEMORY:
                 raise DoesNotFit(

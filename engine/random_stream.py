@@ -13,10 +13,10 @@ MIN_NOISE = -2.812  # just below the noise of k = 0: no token has less
 MAX_NOISE = 16.636  # just above the noise of k = 2^23 - 1: no token has more
 GROUP = 16  # token ids whose top bytes come of one counter
 LOUD = 255  # the highest top byte: noise with it exceeds any noise without it
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Philox's
+WEYL = (0x9E3779B9, 0xBB67AE85)  # what its key words grow by, a round
 
 _MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox(
@@ -30,8 +30,8 @@ def philox(
     on every device.
     """
     c0, c1, c2, c3 = counter
-    for k0, k1 in zip(_round_keys(key[0], _WEYL[0]), _round_keys(key[1], _WEYL[1]), strict=True):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+    for k0, k1 in zip(_round_keys(key[0], WEYL[0]), _round_keys(key[1], WEYL[1]), strict=True):
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         # c1 and c3 keep the high half of their product: it is masked off with the rest.
         c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
         c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
@@ -71,33 +71,16 @@ class NoiseKeys:
     choice: Tensor  # (R,) int64 in [0, 2^32)
     position: Tensor  # (R,) int64 in [0, 2^32), of the token being drawn
 
-    def select(self, rows: Tensor) -> "NoiseKeys":
-        """Take the keys of some rows, by index (n,)."""
-        return NoiseKeys(self.seed[rows], self.choice[rows], self.position[rows])
-
-    def top_bytes(self, groups: Tensor) -> Tensor:
-        """Compute the top bytes of whole groups of 16 token ids.
-
-        Group g (of shape (R, G) or (1, G)) holds the ids from 16 g on; the result is (R, 16 G)
-        uint8, in the order of the ids.
-        """
-        return self._words(groups, torch.zeros_like(groups)).view(torch.uint8).flatten(-2)
-
-    def noise(self, token_ids: Tensor, top: Tensor) -> Tensor:
-        """Compute the noise of a token a row from ids and top bytes, (R,) each: (R,) float32."""
-        index = (token_ids >> 3)[:, None]
-        low = self._words(index, torch.ones_like(index)).view(torch.int16).flatten(-2)
-        return gumbel(_join(top, low.gather(1, (token_ids & 7)[:, None])[:, 0]))
-
     def all_noise(self, num_tokens: int) -> Tensor:
         """Compute the noise of the token ids below `num_tokens`: (R, num_tokens) float32."""
         groups = torch.arange(-(-num_tokens // GROUP), device=self.seed.device)[None]
+        top = self._words(groups, torch.zeros_like(groups)).view(torch.uint8).flatten(-2)
         halves = torch.arange(2 * groups.shape[1], device=self.seed.device)[None]
         low = self._words(halves, torch.ones_like(halves)).view(torch.int16).flatten(-2)
-        return gumbel(_join(self.top_bytes(groups), low)[:, :num_tokens])
+        return gumbel(_join(top, low)[:, :num_tokens])
 
     def _words(self, index: Tensor, part: Tensor) -> Tensor:
-        """Compute the words at a counter (R or 1, G): (R, G, 4), as int32 with the same 32 bits."""
+        """Compute the words at a counter (1, G): (R, G, 4), as int32 with the same 32 bits."""
         # Computed as (G, R), where keys repeat along the outer dimension: twice as fast on a CPU.
         shape = (index.shape[1], len(self.seed))
         counter = (index.T, self.position, self.choice, part.T)

@@ -1,25 +1,25 @@
 """Logits in, one token a row out, each row as its request wants it; knows no model and no queue.
 
 The order: allowed ids, bias, min_tokens; penalties; then `engine.draw`: temperature, top_k, top_p,
-min_p, typical_p. Logprobs are of the raw distribution, before any of it. Rows that want the same
-kind of work share it; whatever is computed for a row is independent of the others, bitwise.
+min_p, typical_p. Logprobs are of the raw distribution, before any of it. Only rows that are edited
+are copied; whatever is computed for a row is independent of the others, bitwise.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.draw import CHUNK, Filters, draw, lowest_argmax
-from engine.draw_gathered import draw_gathered
+from engine.draw import Filters, draw, lowest_argmax
 from engine.random_stream import NoiseKeys
+from engine.sampler_cpu import MOST_ALTERNATIVES, score
+from engine.sampler_cpu import choose as choose_on_cpu
 from engine.sampling_params import SamplingParams
 from engine.sampling_row import Ids, SamplingRow
 
-_CPU_SLAB = 32  # rows worked on at a time: what they need together stays in the caches
 _LARGEST = torch.finfo(torch.float32).max
 _COLDEST = 1e-30  # colder is as good as greedy, and division by it leaves float32
 
@@ -70,20 +70,33 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
     padding is ever drawn or counted. Unless some row has logprobs or penalties to be computed,
     nothing is read back to the host on a device other than a CPU.
     """
-    token_ids, best = lowest_argmax(logits)
-    is_finite = best.isfinite()
-    size = _CPU_SLAB if logits.device.type == "cpu" else len(rows)
-    for places in _slabs(rows, logits.shape[1], size):
-        chosen = _choose(logits, [rows[place] for place in places], places)
-        token_ids[_index(places, logits.device)] = chosen
-    token_ids = token_ids.masked_fill(~is_finite, 0)
+    edited = [place for place, row in enumerate(rows) if row.is_edited]
+    temperatures = [
+        0.0 if row.params.is_greedy else max(row.params.temperature, _COLDEST) for row in rows
+    ]
+    if not edited:
+        token_ids, is_finite = _choose(logits, rows, temperatures)
+    else:
+        # Whether a row is finite, its own logits say: of those to be edited nothing else is asked.
+        unedited = [0.0 if row.is_edited else t for row, t in zip(rows, temperatures, strict=True)]
+        token_ids, is_finite = _choose(logits, rows, unedited)
+        index = _index(edited, logits.device)
+        changed = logits[index]
+        some = [rows[place] for place in edited]
+        _edit(changed, some)
+        chosen, _ = _choose(changed, some, [temperatures[place] for place in edited])
+        token_ids[index] = chosen
+        token_ids.masked_fill_(~is_finite, 0)
 
     wanted = ((place, row.params.logprobs) for place, row in enumerate(rows))
     num_top = {place: count for place, count in wanted if count is not None}
     logprobs = None
     if num_top:
-        index = _index(list(num_top), logits.device)
-        logprobs = token_logprobs(logits[index], token_ids[index], max(num_top.values()))
+        chosen = token_ids
+        if len(num_top) < len(rows):
+            index = _index(list(num_top), logits.device)
+            logits, chosen = logits[index], token_ids[index]
+        logprobs = token_logprobs(logits, chosen, max(num_top.values()))
     return SampledTokens(token_ids, is_finite, num_top, logprobs)
 
 
@@ -93,52 +106,50 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> TokenLogp
     For the prompt's tokens too: the logits of position p with the token at p + 1. Rows that are
     not finite give NaN.
     """
+    num_top = min(num_top, logits.shape[1])
+    if logits.device.type == "cpu" and num_top <= MOST_ALTERNATIVES:
+        return TokenLogprobs(*score(logits, token_ids, num_top))
     logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(1, token_ids[:, None])[:, 0]
     # topk leaves the order among equals open. No logprob is above 0, so the bits of its absolute
     # value grow as it falls: with the id below them they make keys that are never equal.
     keys = logprobs.abs().view(torch.int32).long().bitwise_left_shift_(32)
     keys |= torch.arange(logits.shape[1], device=logits.device)
-    top_ids = keys.topk(min(num_top, logits.shape[1]), largest=False).values & 0xFFFFFFFF
+    top_ids = keys.topk(num_top, largest=False).values & 0xFFFFFFFF
     return TokenLogprobs(chosen, top_ids, logprobs.gather(1, top_ids))
 
 
-def _slabs(rows: Sequence[SamplingRow], vocab_size: int, size: int) -> Iterator[list[int]]:
-    """Group the rows whose highest logit is not the answer, by kind and at most `size` together."""
-    greedy: list[int] = []
-    plain: list[int] = []
-    filtered: list[int] = []
-    for place, row in enumerate(rows):
-        if not row.params.is_greedy:
-            (filtered if _is_filtered(row.params, vocab_size) else plain).append(place)
-        elif row.is_edited:
-            greedy.append(place)
-    for group in (greedy, plain, filtered):
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
+def _choose(
+    logits: Tensor, rows: Sequence[SamplingRow], temperatures: list[float]
+) -> tuple[Tensor, Tensor]:
+    """Choose a token a row (R,) from logits (R, V) as they are; tell which rows are finite (R,).
 
-
-def _choose(logits: Tensor, rows: list[SamplingRow], places: list[int]) -> Tensor:
-    """Choose the token (n,) of rows that are all greedy, all filtered or neither."""
+    Where the temperature is 0 it is the best, where the row is not finite it is 0.
+    """
     vocab_size, device = logits.shape[1], logits.device
-    width = -(-vocab_size // CHUNK) * CHUNK if device.type == "cpu" else vocab_size
-    edited = logits.new_empty((len(rows), width))
-    edited[:, vocab_size:] = -math.inf
-    first, last = places[0], places[-1] + 1
-    neighbours = len(places) == last - first
-    edited[:, :vocab_size] = logits[first:last] if neighbours else logits[_index(places, device)]
-    _edit(edited, rows)
-    if rows[0].params.is_greedy:
-        return lowest_argmax(edited)[0]
-    params = [row.params for row in rows]
-    temperatures = [max(one.temperature, _COLDEST) for one in params]
-    temperature = torch.tensor(temperatures, dtype=torch.float64, device=device)
-    # The token to be drawn stands where the sequence ends now.
-    drawn = [(row.params.seed, row.choice, row.num_tokens) for row in rows]
-    keys = NoiseKeys(*torch.tensor(drawn, device=device).unbind(1))
-    filters = _filters(params, vocab_size, device) if _is_filtered(params[0], vocab_size) else None
-    choose = draw_gathered if device.type == "cpu" else draw
-    return choose(edited, temperature, keys, filters)
+    on_cpu = device.type == "cpu"
+    drawn = [row.params for row, t in zip(rows, temperatures, strict=True) if t > 0]
+    if on_cpu and not drawn:
+        return choose_on_cpu(logits)
+    if drawn:
+        temperature = torch.tensor(temperatures, dtype=torch.float64, device=device)
+        # The token to be drawn stands where the sequence ends now.
+        key = (
+            [row.params.seed for row in rows],
+            [row.choice for row in rows],
+            [row.num_tokens for row in rows],
+        )
+        keys = NoiseKeys(*torch.tensor(key, device=device).unbind())
+        is_filtered = any(_is_filtered(params, vocab_size) for params in drawn)
+        filters = _filters([row.params for row in rows], logits) if is_filtered else None
+        if on_cpu:
+            return choose_on_cpu(logits, temperature, keys, filters)
+    token_ids, best = lowest_argmax(logits)
+    if drawn:
+        found = draw(logits, temperature.clamp(min=_COLDEST), keys, filters)
+        token_ids = found.where(temperature > 0, token_ids)
+    is_finite = best.isfinite()
+    return token_ids.masked_fill(~is_finite, 0), is_finite
 
 
 def _is_filtered(params: SamplingParams, vocab_size: int) -> bool:
@@ -146,10 +157,14 @@ def _is_filtered(params: SamplingParams, vocab_size: int) -> bool:
     return has_top_k or params.top_p < 1 or params.min_p > 0 or params.typical_p < 1
 
 
-def _filters(params: list[SamplingParams], vocab_size: int, device: torch.device) -> Filters:
+def _filters(params: list[SamplingParams], logits: Tensor) -> Filters:
+    vocab_size, device = logits.shape[1], logits.device
     top_k = [min(one.top_k or vocab_size, vocab_size) for one in params]
-    shares = [(one.top_p, one.min_p, one.typical_p) for one in params]
-    top_p, min_p, typical_p = torch.tensor(shares, dtype=torch.float64, device=device).unbind(1)
+    shares = [
+        [one.top_p for one in params], [one.min_p for one in params],
+        [one.typical_p for one in params],
+    ]  # fmt: skip
+    top_p, min_p, typical_p = torch.tensor(shares, dtype=torch.float64, device=device).unbind()
     return Filters(
         torch.tensor(top_k, device=device),
         top_p,

@@ -1,4 +1,4 @@
-"""The two formulations of the draw against each other and against the definitions."""
+"""The kernels of a CPU against the definition of the draw, and that against plainer ones."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.draw import (
-    CHUNK,
+    UNIT_BITS,
     Filters,
     chunk_peaks,
     draw,
@@ -21,8 +21,8 @@ from engine.draw import (
     mass,
     sum_of,
 )
-from engine.draw_gathered import draw_gathered
 from engine.random_stream import NoiseKeys
+from engine.sampler_cpu import choose, score
 from engine.sampling_params import SamplingParams
 from tests.engine.plain_sampler import filter_tokens
 
@@ -75,13 +75,6 @@ def make_filters(
     )
 
 
-def pad(logits: Tensor) -> Tensor:
-    width = -(-logits.shape[1] // CHUNK) * CHUNK
-    padded = torch.full((len(logits), width), -math.inf)
-    padded[:, : logits.shape[1]] = logits
-    return padded
-
-
 FILTERS = st.fixed_dictionaries(
     {
         "top_k": st.sampled_from([0, 0, 1, 2, 5, 40, 300]),
@@ -93,7 +86,7 @@ FILTERS = st.fixed_dictionaries(
 TEMPERATURES = st.sampled_from([1e-30, 1e-6, 0.1, 0.8, 1.0, 2.0])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from(sorted(SHAPES)),
     st.sampled_from(SIZES),
@@ -101,7 +94,7 @@ TEMPERATURES = st.sampled_from([1e-30, 1e-6, 0.1, 0.8, 1.0, 2.0])
     FILTERS,
     st.integers(0, 10**6),
 )
-def test_gathered_draw_equals_the_definition(
+def test_kernel_draws_as_the_definition(
     shape: str, size: int, temperature: float, options: dict[str, Any], seed: int
 ) -> None:
     num_rows = 8
@@ -110,37 +103,163 @@ def test_gathered_draw_equals_the_definition(
     keys = make_keys(num_rows, seed)
     filters = make_filters(num_rows, size, **options)
 
-    drawn = draw_gathered(pad(logits), heat, keys, filters)
+    drawn, is_finite = choose(logits, heat, keys, filters)
 
     assert drawn.tolist() == draw(logits, heat, keys, filters).tolist()
+    assert bool(is_finite.all())
 
 
 @pytest.mark.parametrize("shape", ["smooth", "flat", "equal", "ties", "peaked"])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-def test_gathered_draw_without_filters_equals_the_definition(
-    shape: str, temperature: float
-) -> None:
-    # Many rows: what the gathered draw leaves out must not win even once in hundreds of draws.
+def test_kernel_draws_without_filters_as_the_definition(shape: str, temperature: float) -> None:
+    # Many rows: what the kernel leaves out must not win even once in hundreds of draws.
     logits = make_logits(shape, 500, 1000, 5)
     heat = torch.full((500,), temperature, dtype=torch.float64)
 
-    drawn = draw_gathered(pad(logits), heat, make_keys(500, 6))
+    drawn, _ = choose(logits, heat, make_keys(500, 6))
 
     assert torch.equal(drawn, draw(logits, heat, make_keys(500, 6)))
 
 
 @pytest.mark.parametrize("size", [8193, 50257])
-@pytest.mark.parametrize("top_p", [1.0, 0.95])
-def test_gathered_draw_equals_the_definition_over_large_vocabularies(
-    size: int, top_p: float
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_p": 0.95},
+        {"top_p": 0.2},
+        {"top_k": 50},
+        {"top_k": 3000, "top_p": 0.9},
+        {"min_p": 0.01, "top_p": 0.99},
+        {"typical_p": 0.9},
+        {"typical_p": 0.3, "top_k": 100, "min_p": 1e-3},
+    ],
+    ids=str,
+)
+def test_kernel_draws_over_large_vocabularies_as_the_definition(
+    size: int, options: dict[str, Any]
 ) -> None:
-    logits = torch.cat([make_logits(shape, 2, size, 1) for shape in ("smooth", "ties", "peaked")])
-    heat = torch.full((6,), 0.8, dtype=torch.float64)
-    filters = make_filters(6, size, top_p=top_p)
+    shapes = ("smooth", "flat", "ties", "peaked", "equal", "holes")
+    logits = torch.cat([make_logits(shape, 4, size, 1) for shape in shapes])
+    heat = torch.full((24,), 0.8, dtype=torch.float64)
+    filters = make_filters(24, size, **options)
 
-    drawn = draw_gathered(pad(logits), heat, make_keys(6, 2), filters)
+    drawn, _ = choose(logits, heat, make_keys(24, 2), filters)
 
-    assert torch.equal(drawn, draw(logits, heat, make_keys(6, 2), filters))
+    assert torch.equal(drawn, draw(logits, heat, make_keys(24, 2), filters))
+
+
+@pytest.mark.parametrize("places", [[0], [511], [0, 511], [63, 64], [127, 128, 130]])
+def test_kernel_draws_at_the_edges_of_blocks_as_the_definition(places: list[int]) -> None:
+    logits = torch.full((200, 512), -math.inf)
+    logits[:, places] = -5.0
+    heat = torch.ones(200, dtype=torch.float64)
+    filters = make_filters(200, 512, top_p=0.6)
+
+    drawn, _ = choose(logits, heat, make_keys(200, 3))
+    filtered, _ = choose(logits, heat, make_keys(200, 3), filters)
+
+    assert torch.equal(drawn, draw(logits, heat, make_keys(200, 3)))
+    assert torch.equal(filtered, draw(logits, heat, make_keys(200, 3), filters))
+    assert set(drawn.tolist()) == set(places)
+
+
+def test_kernel_takes_any_key() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = NoiseKeys(
+        torch.randint(-(2**63), 2**63 - 1, (300,), generator=generator),
+        torch.randint(2**32, (300,), generator=generator),
+        torch.randint(2**32, (300,), generator=generator),
+    )
+    logits, heat = make_logits("flat", 300, 700, 1), torch.ones(300, dtype=torch.float64)
+
+    drawn, _ = choose(logits, heat, keys)
+
+    assert torch.equal(drawn, draw(logits, heat, keys))
+
+
+def test_rows_of_different_options_are_drawn_side_by_side() -> None:
+    logits = torch.cat([make_logits(shape, 8, 700, 2) for shape in ("smooth", "ties")])
+    keys = make_keys(16, 4)
+    heat = torch.tensor([0.0, 0.5, 1.0, 2.0] * 4, dtype=torch.float64)
+    filters = Filters(
+        torch.tensor([700, 5, 700, 700] * 4),
+        torch.tensor([0.5, 1.0, 0.9, 1.0] * 4, dtype=torch.float64),
+        torch.tensor([0.0, 0.0, 0.05, 0.0] * 4, dtype=torch.float64),
+        torch.tensor([1.0, 1.0, 1.0, 0.8] * 4, dtype=torch.float64),
+        largest_top_k=5,
+        has_top_p=True,
+        has_typical_p=True,
+    )
+
+    chosen, _ = choose(logits, heat, keys, filters)
+
+    drawn = draw(logits, heat.clamp(min=1e-30), keys, filters)
+    assert torch.equal(chosen, drawn.where(heat > 0, lowest_argmax(logits)[0]))
+
+
+def test_rows_of_a_wider_table_are_chosen_from_alone() -> None:
+    table = make_logits("smooth", 6, 90, 3)
+    heat = torch.ones(6, dtype=torch.float64)
+    expected = draw(table[:, :80].contiguous(), heat, make_keys(6, 1))
+
+    for logits in (table[:, :80], table.T.contiguous().T[:, :80]):
+        assert torch.equal(choose(logits, heat, make_keys(6, 1))[0], expected)
+        assert torch.equal(choose(logits)[0], lowest_argmax(table[:, :80])[0])
+
+
+def test_both_zeros_are_one_logit() -> None:
+    logits = torch.full((300, 100), -math.inf)
+    logits[:, [10, 70]] = torch.tensor([-0.0, 0.0])
+    logits[150:, [10, 70]] = torch.tensor([0.0, -0.0])
+    heat = torch.ones(300, dtype=torch.float64)
+    filters = make_filters(300, 100, top_k=1)
+
+    assert set(choose(logits)[0].tolist()) == {10}
+    assert set(choose(logits, heat, make_keys(300, 1), filters)[0].tolist()) == {10}
+    assert torch.equal(
+        choose(logits, heat, make_keys(300, 1))[0], draw(logits, heat, make_keys(300, 1))
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf], ids=["nan", "-nan", "inf"])
+@pytest.mark.parametrize("size", [1, 64, 95, 2048])
+def test_rows_without_a_finite_best_are_told(size: int, value: float) -> None:
+    for place in {0, size // 2, size - 1}:
+        logits = make_logits("smooth", 3, size, 1)
+        logits[1, place] = value
+        logits[2] = -math.inf
+        heat = torch.ones(3, dtype=torch.float64)
+
+        chosen, is_finite = choose(logits)
+        drawn, still_finite = choose(
+            logits, heat, make_keys(3, 1), make_filters(3, size, top_p=0.5)
+        )
+
+        assert is_finite.tolist() == still_finite.tolist() == [True, False, False]
+        assert chosen.tolist()[1:] == drawn.tolist()[1:] == [0, 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(sorted(SHAPES)),
+    st.sampled_from([*SIZES, 8193]),
+    st.integers(0, 64),
+    st.integers(0, 10**6),
+)
+def test_scores_equal_a_sort(shape: str, size: int, num_top: int, seed: int) -> None:
+    logits = make_logits(shape, 3, size, seed)
+    num_top = min(num_top, size)
+    token_ids = torch.tensor([0, size // 2, size - 1])
+
+    logprobs, top_ids, top_logprobs = score(logits, token_ids, num_top)
+
+    ordered = logits.sort(dim=-1, descending=True, stable=True)
+    exact = logits.double().log_softmax(-1).float()
+    assert torch.equal(top_ids, ordered.indices[:, :num_top])
+    for found, ids in ((logprobs[:, None], token_ids[:, None]), (top_logprobs, top_ids)):
+        # float32 numbers, out of masses within 5e-6.
+        torch.testing.assert_close(found, exact.gather(1, ids), rtol=1e-6, atol=1e-5)
 
 
 @settings(max_examples=200, deadline=None)
@@ -174,9 +293,9 @@ def test_top_k_keeps_exactly_k_of_equals_and_the_lowest_ids(top_k: int) -> None:
     one = torch.ones(1, dtype=torch.float64)
 
     kept = kept_tokens(logits, one, make_filters(1, 200, top_k=top_k))
-    drawn = draw_gathered(
-        pad(logits.expand(1000, -1)),
-        one.expand(1000),
+    drawn, _ = choose(
+        logits.expand(1000, -1),
+        one.repeat(1000),
         make_keys(1000, 1),
         make_filters(1000, 200, top_k=top_k),
     )
@@ -208,27 +327,18 @@ def test_masses_add_up_to_the_same_in_any_order(shape: str) -> None:
     assert total == int(sum_of(masses[:, order])) == int(masses[0].double().cumsum(-1)[-1])
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_few_tokens_of_a_large_vocabulary_need_their_noise(top_p: float) -> None:
-    class CountingKeys(NoiseKeys):
-        num_tokens = 0
+@pytest.mark.parametrize("temperature", [0.1, 0.8, 2.0])
+def test_mass_is_the_exponential_in_units(temperature: float) -> None:
+    logits = torch.linspace(-60, 0, 100_001)[None] * temperature - 90
+    heat = torch.tensor([temperature], dtype=torch.float64)
 
-        def select(self, rows: Tensor) -> NoiseKeys:
-            CountingKeys.num_tokens = max(CountingKeys.num_tokens, len(rows))
-            return super().select(rows)
+    masses = mass(logits, logits.amax(-1), heat)[0].double()
 
-    logits = pad(make_logits("smooth", 8, 50257, 3))
-    keys = make_keys(8, 3)
-    counting = CountingKeys(keys.seed, keys.choice, keys.position)
-
-    draw_gathered(
-        logits,
-        torch.ones(8, dtype=torch.float64),
-        counting,
-        make_filters(8, 50257, top_p=top_p),
-    )
-
-    assert 0 < CountingKeys.num_tokens < 0.03 * logits.numel()
+    x = (logits[0].double() + 90) / temperature
+    exact = x.exp() * 2.0**UNIT_BITS
+    assert bool(((masses - exact).abs() <= 1e-5 * exact + 0.6).all())
+    assert masses[-1] == 2.0**UNIT_BITS
+    assert torch.equal(masses, masses.round())
 
 
 @settings(max_examples=100, deadline=None)
@@ -241,10 +351,11 @@ def test_lowest_argmax_finds_the_lowest_of_equals(shape: str, size: int, seed: i
     logits = make_logits(shape, 3, size, seed)
 
     ids, best = lowest_argmax(logits)
+    chosen, _ = choose(logits)
 
     rows = logits.tolist()
     assert best.tolist() == [max(row) for row in rows]
-    assert ids.tolist() == [row.index(max(row)) for row in rows]
+    assert ids.tolist() == chosen.tolist() == [row.index(max(row)) for row in rows]
 
 
 @pytest.mark.parametrize("size", SIZES)
