@@ -171,7 +171,7 @@ def main() -> None:
     ours = kvik_command(
         arguments.model, arguments.dtype, port, *shlex.split(arguments.serve_options)
     )
-    wanted = [[f"kvik {arguments.dtype}", f"http://127.0.0.1:{port}", ours], *arguments.server]
+    wanted = [["kvik", f"http://127.0.0.1:{port}", ours], *arguments.server]
     programs = [Program(name=name, command=command) for name, command in arguments.program]
     scenarios = {
         name: loads_of(
