@@ -28,6 +28,7 @@ from benchmarks.contestants import Program, Server, free_port, kvik_command, sta
 from benchmarks.serving import BenchmarkError, LoadConfig, measure_serving
 
 WARM_TURN = 0  # the round that does not count
+_PROCESS_ROWS = (("first answer, s", "start_seconds", 1), ("resident, MB", "resident_bytes", 1e6))
 
 
 def put(load: Load, server: Server, *, turn: int) -> dict[str, Any]:
@@ -115,10 +116,9 @@ def table_of(comparison: Comparison) -> Table:
             cells.append(_number(other[heading]) if known else "")
             cells.append(f"{value / other[heading]:.2f}" if known else "")
         table.add_row(heading, _number(value), *cells)
-    for heading, name, scale in (("first answer, s", "start_seconds", 1), ("resident, MB",
-                                 "resident_bytes", 1e-6)):  # fmt: skip
+    for heading, name, unit in _PROCESS_ROWS:
         values = [one.get(name) for one in comparison.contestants]
-        texts = ["" if value is None else _number(value * scale) for value in values]
+        texts = ["" if value is None else _number(value / unit) for value in values]
         table.add_row(heading, texts[0], *(cell for text in texts[1:] for cell in (text, "")))
     return table
 
