@@ -1,13 +1,14 @@
 """Tokens/s against streams, a panel for each precision, in colours for light pages and dark ones.
 
 `python -m benchmarks.picture RUN.json ... --out PICTURE.svg` draws what `benchmarks.peers --json`
-wrote; it needs the extra `bench`. Runs of one precision are pooled in one panel: our line is then
-the median over all of them, and a peer's the median over those it took part in.
+wrote; it needs the extra `bench`. Only ratios of one run count, so where runs of one precision meet
+in a panel, each peer is drawn at the ratio to us that it had in its own run.
 """
 
 import argparse
 import io
 import itertools
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.comparison import Comparison
+
+Lines = dict[str, dict[int, float]]  # tokens/s by name and number of streams
 
 # A browser that asks for dark pages gets the second of each.
 _INK = ("#1f2328", "#e6edf3")
@@ -40,16 +43,40 @@ _LABEL_POINTS = 11  # between the middles of two labels, at least
 _LEFT_INCHES, _PLOT_INCHES, _LABEL_INCHES, _HEIGHT_INCHES = 0.65, 2.0, 1.1, 3.5
 
 
-def pooled(comparisons: list[Comparison]) -> dict[str, Comparison]:
-    """One comparison for each precision, in the order in which they come."""
-    panels: dict[str, Comparison] = {}
+def panels_of(comparisons: list[Comparison]) -> dict[str, Lines]:
+    """The lines of each precision, in the order in which they come, ours first.
+
+    Raises ValueError if no run has speeds by the number of streams; those without are left out.
+    """
+    runs: dict[str, list[Comparison]] = {}
     for one in comparisons:
-        dtype = one.conditions["dtype"]
-        panel = panels.setdefault(dtype, Comparison(conditions=one.conditions, contestants=[]))
-        known = {contestant["name"] for contestant in panel.contestants}
-        panel.contestants += [item for item in one.contestants if item["name"] not in known]
-        panel.measurements += one.measurements
-    return panels
+        if any(measurement.scenario == "streams" for measurement in one.measurements):
+            runs.setdefault(one.conditions["dtype"], []).append(one)
+    if not runs:
+        raise ValueError("None of the runs has the scenario `streams`: there is nothing to draw.")
+    return {dtype: _lines_of(several) for dtype, several in runs.items()}
+
+
+def _lines_of(runs: list[Comparison]) -> Lines:
+    """Ours by the median of all runs, each peer by its ratio to ours in those it took part in."""
+    ours: dict[int, list[float]] = {}
+    ratios: dict[str, dict[int, list[float]]] = {}
+    for run in runs:
+        our_name, *peers = [str(contestant["name"]) for contestant in run.contestants]
+        our_speeds = run.speeds(our_name)
+        for count, speed in our_speeds.items():
+            ours.setdefault(count, []).append(speed)
+        for peer in peers:
+            for count, speed in run.speeds(peer).items():
+                found = ratios.setdefault(peer, {}).setdefault(count, [])
+                found.append(speed / our_speeds[count])
+    line = {count: statistics.median(speeds) for count, speeds in sorted(ours.items())}
+    return {our_name: line} | {
+        peer: {
+            count: line[count] * statistics.median(found) for count, found in sorted(counts.items())
+        }
+        for peer, counts in ratios.items()
+    }
 
 
 def engine_of(name: str) -> str:
@@ -68,25 +95,25 @@ def spread(heights: list[float], distance: float) -> list[float]:
 
 def draw(comparisons: list[Comparison]) -> str:
     """The picture as SVG; the same text for the same numbers."""
-    panels = pooled(comparisons)
+    panels = panels_of(comparisons)
     colours = _colours_of(panels)
     with matplotlib.rc_context(_SETTINGS):
         width = _LEFT_INCHES + len(panels) * (_PLOT_INCHES + _LABEL_INCHES)
         figure = Figure(figsize=(width, _HEIGHT_INCHES), facecolor=_PAPER[0])
         first: Any = None
-        for number, (dtype, panel) in enumerate(panels.items()):
+        for number, (dtype, lines) in enumerate(panels.items()):
             left = _LEFT_INCHES + number * (_PLOT_INCHES + _LABEL_INCHES)
             place = (left / width, 0.14, _PLOT_INCHES / width, 0.76)
             axes: Any = figure.add_axes(place, sharex=first, sharey=first)
             axes.set_title(dtype, loc="left", fontweight="bold")
-            _draw_lines(axes, panel, colours)
+            _draw_lines(axes, lines, colours)
             axes.tick_params(labelleft=first is None)
             first = first or axes
         first.set_ylabel("tokens/s")
         first.set_xlim(0)
         first.set_ylim(0)
-        for axes, panel in zip(figure.axes, panels.values(), strict=True):
-            _write_labels(axes, panel, colours)
+        for axes, lines in zip(figure.axes, panels.values(), strict=True):
+            _write_labels(axes, lines, colours)
         data = io.StringIO()
         figure.savefig(
             data, format="svg",
@@ -95,9 +122,9 @@ def draw(comparisons: list[Comparison]) -> str:
     return _with_dark_colours(data.getvalue())
 
 
-def _colours_of(panels: dict[str, Comparison]) -> dict[str, str]:
+def _colours_of(panels: dict[str, Lines]) -> dict[str, str]:
     """A colour for each engine, ours first."""
-    names = [item["name"] for panel in panels.values() for item in panel.contestants]
+    names = [name for lines in panels.values() for name in lines]
     ours = engine_of(names[0])
     theirs = [engine for engine in dict.fromkeys(map(engine_of, names)) if engine != ours]
     return {ours: _OURS[0]} | {
@@ -105,17 +132,16 @@ def _colours_of(panels: dict[str, Comparison]) -> dict[str, str]:
     }
 
 
-def _draw_lines(axes: Any, panel: Comparison, colours: dict[str, str]) -> None:
-    for contestant in panel.contestants:
-        speeds = panel.speeds(contestant["name"])
-        colour = colours[engine_of(contestant["name"])]
+def _draw_lines(axes: Any, lines: Lines, colours: dict[str, str]) -> None:
+    for name, speeds in lines.items():
+        colour = colours[engine_of(name)]
         is_ours = colour == _OURS[0]
         axes.plot(
             list(speeds), list(speeds.values()), marker="o", color=colour,
             markersize=4.5 if is_ours else 3.5, linewidth=2.4 if is_ours else 1.3,
             zorder=3 if is_ours else 2,
         )  # fmt: skip
-        axes.set_xticks(list(speeds))
+    axes.set_xticks(list(next(iter(lines.values()))))
     axes.set_xlabel("streams")
     axes.grid(axis="y", color=_GRID[0], linewidth=0.8)
     axes.set_axisbelow(True)
@@ -126,12 +152,9 @@ def _draw_lines(axes: Any, panel: Comparison, colours: dict[str, str]) -> None:
     axes.spines["bottom"].set_color(_INK[0])
 
 
-def _write_labels(axes: Any, panel: Comparison, colours: dict[str, str]) -> None:
+def _write_labels(axes: Any, lines: Lines, colours: dict[str, str]) -> None:
     """Each line's name at its end, none over another."""
-    ends = {
-        contestant["name"]: list(panel.speeds(contestant["name"]).items())[-1]
-        for contestant in panel.contestants
-    }
+    ends = {name: max(speeds.items()) for name, speeds in lines.items()}
     points = axes.bbox.height / axes.figure.dpi * 72  # of the panel
     distance = axes.get_ylim()[1] * _LABEL_POINTS / points
     heights = spread([speed for _, speed in ends.values()], distance)
@@ -161,7 +184,10 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    picture = draw([Comparison.read(path) for path in arguments.runs])
+    try:
+        picture = draw([Comparison.read(path) for path in arguments.runs])
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     arguments.out.write_text(picture, encoding="utf-8")
 
 

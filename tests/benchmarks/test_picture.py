@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="the extra `bench`, of the extra `test`")
 
 from benchmarks.comparison import Comparison
-from benchmarks.picture import draw, main, pooled, spread
+from benchmarks.picture import draw, main, panels_of, spread
 from tests.benchmarks.test_comparison import measured
 
 
@@ -52,14 +52,30 @@ def test_every_colour_has_one_for_dark_pages() -> None:
     assert used <= replaced
 
 
-def test_runs_of_one_precision_share_a_panel() -> None:
-    panels = pooled(
-        [a_run("int8", "kvik", "one"), a_run("int8", "kvik", "two", speed=30), a_run("f", "kvik")]
-    )
+def test_one_run_is_drawn_as_it_was_measured() -> None:
+    panels = panels_of([a_run("int8", "kvik", "one"), a_run("float32", "kvik", speed=3)])
 
-    assert list(panels) == ["int8", "f"]
-    assert [one["name"] for one in panels["int8"].contestants] == ["kvik", "one", "two"]
-    assert panels["int8"].speeds("kvik") == {1: 20, 8: 160}
+    assert panels == {
+        "int8": {"kvik": {1: 10, 8: 80}, "one": {1: 10, 8: 80}},
+        "float32": {"kvik": {1: 3, 8: 24}},
+    }
+
+
+def test_a_peer_keeps_the_ratio_that_it_had_in_its_run() -> None:
+    fast, slow = a_run("int8", "kvik", "one", speed=30), a_run("int8", "kvik", "two", speed=10)
+
+    panels = panels_of([fast, slow])
+
+    assert panels == {"int8": {name: {1: 20, 8: 160} for name in ("kvik", "one", "two")}}
+
+
+def test_runs_without_streams_are_left_out() -> None:
+    other = a_run("int8", "kvik")
+    other.measurements = measured("kvik", "long", "long", 5)
+
+    assert list(panels_of([other, a_run("float32", "kvik")])) == ["float32"]
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw([other])
 
 
 def test_labels_stand_apart_in_their_order() -> None:
