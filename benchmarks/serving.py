@@ -39,6 +39,7 @@ class LoadConfig:
     prompt_words: int = 32
     max_tokens: int = 128
     temperature: float = 1.0
+    top_p: float = 1.0
     ignore_eos: bool = True  # not OpenAI's; servers without it refuse or ignore it
     good_ttft_seconds: float = 1.0
     good_itl_seconds: float = 0.1  # mean of a stream
@@ -49,6 +50,8 @@ class LoadConfig:
         for name in ("num_requests", "concurrency", "prompt_words", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.rate is not None and not 0 < self.rate < math.inf:
             raise ValueError(f"rate must be positive, got {self.rate}")
         parts = urlsplit(self.url)
@@ -194,6 +197,7 @@ async def stream_completion(config: LoadConfig, model: str, prompt: str) -> Stre
         "prompt": prompt,
         "max_tokens": config.max_tokens,
         "temperature": config.temperature,
+        **({"top_p": config.top_p} if config.top_p < 1 else {}),
         "stream": True,
         "stream_options": {"include_usage": True},
         **({"ignore_eos": True} if config.ignore_eos else {}),

@@ -284,6 +284,7 @@ def test_a_stream_that_hangs_is_given_up() -> None:
     [
         {"url": "ftp://x"}, {"url": "127.0.0.1:8000"}, {"num_requests": 0}, {"concurrency": 0},
         {"rate": 0.0}, {"rate": float("inf")}, {"max_tokens": 0}, {"prompt_words": 0},
+        {"top_p": 0.0},
     ],
     ids=str,
 )  # fmt: skip
