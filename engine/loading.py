@@ -1,19 +1,25 @@
 """From a checkpoint directory to an engine that is ready to step."""
 
+import ctypes
+import dataclasses
 import hashlib
 import logging
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from engine.config import LaunchConfig
+from engine.config import EngineConfig, LaunchConfig
 from engine.engine import Engine
 from engine.errors import DoesNotFit, StartRefused
 from engine.linear import can_fuse, can_pack
 from engine.memory import plan_memory
 from engine.messages import Ready
+from model.config import GPTConfig
+from model.gpt import GPT
 from model.vocabulary import TokenizerError
 from weights.checkpoint import load_layout
 from weights.layout import Layout, read_layout, read_tokenizer
@@ -33,10 +39,15 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
     layout = read_layout(Path(config.model))
     device = _choose_device(config.device)
     dtype = _choose_dtype(config.dtype, device)
-    with ThreadPoolExecutor(1) as executor:  # hashing lets go of the interpreter lock
-        weights_id = executor.submit(hash_weights, layout)
-        model = load_layout(layout, device=device, dtype=dtype)
-        digest = weights_id.result()
+    quantizes = config.dtype == "int8"
+    vocab_size = config.vocab_size or _known_ids(layout)
+    # Hashing and reading let go of the interpreter lock, and kernels want it for much of a second.
+    with ThreadPoolExecutor(2) as executor:
+        reading = executor.submit(load_layout, layout, device=device, dtype=dtype)
+        hashing = executor.submit(hash_weights, layout)
+        if device.type == "cpu":
+            _load_kernels(layout.config, dtype, quantizes=quantizes)
+        model, digest = reading.result(), hashing.result()
     bytes_per_value = dtype.itemsize
     weights_bytes = sum(p.nbytes for p in model.parameters())
     plan = plan_memory(
@@ -52,10 +63,10 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
             model,
             config.engine,
             num_blocks=plan.num_blocks,
-            vocab_size=_known_ids(layout),
+            vocab_size=vocab_size,
             eos_token_ids=layout.eos_token_ids,
             weights_id=bytes.fromhex(digest),
-            quantizes=config.dtype == "int8",
+            quantizes=quantizes,
         )
     # torch's out-of-memory errors are RuntimeErrors, and mapped memory's OSErrors.
     except (MemoryError, OSError, RuntimeError) as error:
@@ -63,7 +74,10 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
             f"The KV cache of {plan.kv_cache_bytes / 1e6:.0f} MB could not be allocated "
             f"({error}): lower kv_cache_bytes or num_blocks."
         ) from error
+    del model
     engine.warm_up()
+    is_batch_invariant = engine.is_batch_invariant()
+    _return_free_memory()
     ready = Ready(
         pid=os.getpid(),
         device=str(device),
@@ -77,9 +91,36 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
         kv_cache_bytes=plan.kv_cache_bytes,
         available_bytes=plan.available_bytes,
         weights_id=digest,
-        is_batch_invariant=engine.is_batch_invariant(),
+        is_batch_invariant=is_batch_invariant,
     )
     return engine, ready
+
+
+def _load_kernels(config: GPTConfig, dtype: torch.dtype, *, quantizes: bool) -> None:
+    """Compile what a step on a CPU runs, or load it from the disk, by a step of a small model.
+
+    One of a single layer and few ids, with the shapes that kernels are compiled for.
+    """
+    small = dataclasses.replace(config, n_layer=1, n_ctx=16, vocab_size=64)
+    with torch.device("meta"):
+        model = GPT(small)
+    for name, parameter in list(model.named_parameters()):
+        module, _, attribute = name.rpartition(".")
+        zeros = nn.Parameter(torch.zeros(parameter.shape, dtype=dtype))
+        setattr(model.get_submodule(module), attribute, zeros)
+    settings = EngineConfig(max_num_sequences=1, max_num_scheduled_tokens=16)
+    Engine(
+        model.eval(), settings, num_blocks=3, vocab_size=64, eos_token_ids=(), quantizes=quantizes
+    ).warm_up()
+
+
+def _return_free_memory() -> None:
+    """Give back to the system what loading needed and glibc keeps for later; elsewhere, nothing."""
+    if sys.platform == "linux":
+        # A C library without it, musl say, returns memory by itself.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def hash_weights(layout: Layout) -> str:
