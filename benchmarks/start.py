@@ -139,8 +139,7 @@ def _memory(pid: int, url: str, model: Path, said: str) -> Memory:
     assert dtype is not None, said
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
         num_blocks = sum(float(count) for count in _BLOCKS.findall(reply.read().decode()))
-    bytes_per_value = 4 if dtype[1] == "float32" else 2
-    ledger = MemoryLedger.of(read_layout(model).config, bytes_per_value=bytes_per_value)
+    ledger = MemoryLedger.of(read_layout(model).config, precision=dtype[1])
     return Memory(
         anonymous=parts["Pss_Anon:"] + parts["Pss_Shmem:"],
         of_files=parts["Pss_File:"],

@@ -15,15 +15,15 @@ from torch import nn
 from engine.config import EngineConfig, LaunchConfig
 from engine.engine import Engine
 from engine.errors import DoesNotFit, StartRefused
-from engine.linear import can_fuse, can_pack
 from engine.memory import plan_memory
 from engine.messages import Ready
+from engine.precision import Abilities, Precision, choose_precision
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.vocabulary import TokenizerError
 from weights.checkpoint import load_layout
 from weights.layout import Layout, read_layout, read_tokenizer
-from weights.ledger import available_memory_bytes
+from weights.ledger import MemoryLedger, available_memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -38,24 +38,25 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
         torch.set_num_threads(config.num_threads)
     layout = read_layout(Path(config.model))
     device = _choose_device(config.device)
-    dtype = _choose_dtype(config.dtype, device)
-    quantizes = config.dtype == "int8"
+    precision = choose_precision(config.dtype, Abilities.of(device))
+    dtype = precision.dtype
     vocab_size = config.vocab_size or _known_ids(layout)
     # Hashing and reading let go of the interpreter lock, and kernels want it for much of a second.
     with ThreadPoolExecutor(2) as executor:
         reading = executor.submit(load_layout, layout, device=device, dtype=dtype)
         hashing = executor.submit(hash_weights, layout)
         if device.type == "cpu":
-            _load_kernels(layout.config, dtype, quantizes=quantizes)
+            _load_kernels(layout.config, precision)
         model, digest = reading.result(), hashing.result()
-    bytes_per_value = dtype.itemsize
-    weights_bytes = sum(p.nbytes for p in model.parameters())
+    # Packing adds a copy of the embedding, as the output head.
+    weights_bytes = MemoryLedger.of(layout.config, precision=precision.name).weights_bytes
+    growth = max(0, weights_bytes - sum(p.nbytes for p in model.parameters()))
     plan = plan_memory(
         layout.config,
         config.engine,
-        bytes_per_value=bytes_per_value,
+        bytes_per_value=dtype.itemsize,
         weights_bytes=weights_bytes,
-        available_bytes=_available_bytes(device),
+        available_bytes=_available_bytes(device) - growth,
         kv_cache_bytes=config.kv_cache_bytes,
     )
     try:
@@ -66,7 +67,7 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
             vocab_size=vocab_size,
             eos_token_ids=layout.eos_token_ids,
             weights_id=bytes.fromhex(digest),
-            quantizes=quantizes,
+            quantizes=precision.quantizes,
         )
     # torch's out-of-memory errors are RuntimeErrors, and mapped memory's OSErrors.
     except (MemoryError, OSError, RuntimeError) as error:
@@ -81,12 +82,14 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
     ready = Ready(
         pid=os.getpid(),
         device=str(device),
-        dtype="int8" if config.dtype == "int8" else str(dtype).removeprefix("torch."),
+        dtype=precision.name,
+        products=precision.products,
+        numerics=precision.reason,
         n_ctx=engine.n_ctx,
         vocab_size=engine.vocab_size,
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
-        weights_bytes=weights_bytes,
+        weights_bytes=engine.weights_bytes,
         working_bytes=plan.working_bytes,
         kv_cache_bytes=plan.kv_cache_bytes,
         available_bytes=plan.available_bytes,
@@ -96,7 +99,7 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
     return engine, ready
 
 
-def _load_kernels(config: GPTConfig, dtype: torch.dtype, *, quantizes: bool) -> None:
+def _load_kernels(config: GPTConfig, precision: Precision) -> None:
     """Compile what a step on a CPU runs, or load it from the disk, by a step of a small model.
 
     One of a single layer and few ids, with the shapes that kernels are compiled for.
@@ -106,11 +109,16 @@ def _load_kernels(config: GPTConfig, dtype: torch.dtype, *, quantizes: bool) -> 
         model = GPT(small)
     for name, parameter in list(model.named_parameters()):
         module, _, attribute = name.rpartition(".")
-        zeros = nn.Parameter(torch.zeros(parameter.shape, dtype=dtype))
+        zeros = nn.Parameter(torch.zeros(parameter.shape, dtype=precision.dtype))
         setattr(model.get_submodule(module), attribute, zeros)
     settings = EngineConfig(max_num_sequences=1, max_num_scheduled_tokens=16)
     Engine(
-        model.eval(), settings, num_blocks=3, vocab_size=64, eos_token_ids=(), quantizes=quantizes
+        model.eval(),
+        settings,
+        num_blocks=3,
+        vocab_size=64,
+        eos_token_ids=(),
+        quantizes=precision.quantizes,
     ).warm_up()
 
 
@@ -158,26 +166,6 @@ def _choose_device(name: str) -> torch.device:
             f"({torch.cuda.device_count()} found); use --device cpu."
         )
     return device
-
-
-def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision to compute in; `auto` is bfloat16 where the processor has it.
-
-    int8 is the weights' alone: between the products and in the cache it is bfloat16.
-    """
-    if name == "int8":
-        if not can_fuse(device, torch.bfloat16, quantizes=True):
-            raise StartRefused(
-                reason="dtype int8 needs a CPU with AVX-512 VNNI, which is not here; use --dtype "
-                "auto."
-            )
-        return torch.bfloat16
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    has_bfloat16 = can_fuse(device, torch.bfloat16) or can_pack(device, torch.bfloat16)
-    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def _available_bytes(device: torch.device) -> int:

@@ -17,6 +17,7 @@ def describe_start(
     return [
         f"model    {model.name} on {facts.device} in {facts.dtype}, "
         f"weights {facts.weights_id[:16]}",
+        f"numbers  {facts.numerics}",
         f"memory   {format_bytes(facts.available_bytes)} free: KV cache "
         f"{format_bytes(facts.kv_cache_bytes)} ({facts.num_blocks:,} blocks, "
         f"{cache_tokens:,} tokens, {cache_tokens // model.n_ctx:,} contexts of {model.n_ctx}), "

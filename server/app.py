@@ -214,6 +214,12 @@ async def _serve(
             except StartRefused as error:
                 raise CannotServe(str(error)) from None
             service.fingerprint()
+            logger.info(
+                "engine ready device=%s dtype=%s products=%s weights_bytes=%d kv_cache_bytes=%d "
+                "numerics=%r",
+                facts.device, facts.dtype, facts.products, facts.weights_bytes,
+                facts.kv_cache_bytes, facts.numerics,
+            )  # fmt: skip
             announce(_address(config, listening), facts)
             await stop_signal
         else:

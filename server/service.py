@@ -222,6 +222,7 @@ class Service:
                 VERSION,
                 facts.device,
                 facts.dtype,
+                facts.products,
                 str(facts.is_batch_invariant),
             )
             digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()

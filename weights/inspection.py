@@ -5,7 +5,7 @@ from pathlib import Path
 
 from model.vocabulary import TokenizerError
 from weights.layout import CheckpointError, Layout, read_layout, read_tokenizer
-from weights.ledger import MemoryLedger, available_memory_bytes, format_bytes
+from weights.ledger import PRECISIONS, MemoryLedger, available_memory_bytes, format_bytes
 
 
 def describe(directory: Path) -> list[str]:
@@ -55,8 +55,8 @@ def _files(layout: Layout) -> list[str]:
 
 def _ledgers(layout: Layout, available_bytes: int) -> list[str]:
     rows = [("precision", "weights", "KV a token", "KV a context", "contexts fit")]
-    for precision, num_bytes in (("float32", 4), ("bfloat16", 2)):
-        ledger = MemoryLedger.of(layout.config, bytes_per_value=num_bytes)
+    for precision in PRECISIONS:
+        ledger = MemoryLedger.of(layout.config, precision=precision)
         rows.append(
             (
                 precision,

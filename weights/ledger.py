@@ -7,6 +7,10 @@ from pathlib import Path
 
 from model.config import GPTConfig
 
+# Bytes of a weight that is multiplied with, and of any other number, the cache's among them.
+_BYTES = {"float32": (4, 4), "bfloat16": (2, 2), "int8": (1, 2)}
+PRECISIONS = tuple(_BYTES)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryLedger:
@@ -17,11 +21,20 @@ class MemoryLedger:
     n_ctx: int
 
     @classmethod
-    def of(cls, config: GPTConfig, *, bytes_per_value: int) -> "MemoryLedger":
-        """The ledger of a model whose weights and cache take `bytes_per_value` a number."""
+    def of(cls, config: GPTConfig, *, precision: str) -> "MemoryLedger":
+        """The ledger of a model as it is served in a precision: float32, bfloat16 or int8.
+
+        The embedding lies there twice: to look tokens up, and packed as the output head. What pads
+        packed weights, and the scales of 8 bits, are not in it: a hundredth at GPT-2's sizes.
+        """
+        weight_bytes, value_bytes = _BYTES[precision]
+        width = config.n_embd
+        num_weights = config.n_layer * (4 * width**2 + 2 * width * config.mlp_width)
+        num_others = config.num_parameters - num_weights
         return cls(
-            weights_bytes=config.num_parameters * bytes_per_value,
-            kv_bytes_per_token=2 * config.n_layer * config.n_embd * bytes_per_value,
+            weights_bytes=(num_weights + config.vocab_size * width) * weight_bytes
+            + num_others * value_bytes,
+            kv_bytes_per_token=2 * config.n_layer * width * value_bytes,
             n_ctx=config.n_ctx,
         )
 
