@@ -26,15 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.serving import LoadConfig, measure_serving
-from weights.layout import read_layout
-from weights.ledger import MemoryLedger
 
 _POLL_SECONDS = 0.005
 _UNITS = {"bytes": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 _WEIGHTS = re.compile(r"weights ([\d.]+) (bytes|kB|MB|GB)")
-_DTYPE = re.compile(r"^model .* in (\w+)", re.MULTILINE)
-_BLOCKS = re.compile(r'^kvik_kv_cache_blocks\{state="(?:used|cached)"\} (\S+)', re.MULTILINE)
-_BLOCK_TOKENS = 16
+_CACHE = re.compile(r"KV cache ([\d.]+) (bytes|kB|MB|GB)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +40,7 @@ class Memory:
     anonymous: int
     of_files: int
     weights: int  # as the server's own ledger has them
-    kv_cache: int  # blocks that hold something
+    kv_cache: int  # what was ever written of it
 
     @property
     def rest(self) -> int:
@@ -78,8 +74,8 @@ def measure_start(
     with tempfile.TemporaryFile() as said:
         begin = time.perf_counter()
         process = subprocess.Popen(
-            [*command, "--port", str(port), "--served-model-name", "gpt2", "--block-size",
-             str(_BLOCK_TOKENS), "--log-level", "warning"],
+            [*command, "--port", str(port), "--served-model-name", "gpt2", "--log-level",
+             "warning"],
             env=environment, stdout=said, start_new_session=True,
         )  # fmt: skip
         try:
@@ -90,13 +86,13 @@ def measure_start(
             time.sleep(0.5)  # what ends behind the first answer
             said.seek(0)
             text = said.read().decode()
-            after_start = _memory(process.pid, url, model, text)
+            after_start = _memory(process.pid, text)
             load = LoadConfig(
                 url=url, model="gpt2", num_requests=num_streams, concurrency=num_streams,
                 prompt_words=24, max_tokens=max_tokens, temperature=0.8,
             )  # fmt: skip
             asyncio.run(measure_serving(load))
-            after_load = _memory(process.pid, url, model, text)
+            after_load = _memory(process.pid, text)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait()
@@ -126,26 +122,36 @@ def _complete(url: str) -> None:
         reply.read()
 
 
-def _memory(pid: int, url: str, model: Path, said: str) -> Memory:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+def _memory(pid: int, said: str) -> Memory:
+    (worker,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     parts = {"Pss_Anon:": 0, "Pss_File:": 0, "Pss_Shmem:": 0}
-    for one in (pid, *children):
+    for one in (str(pid), worker):
         for line in Path(f"/proc/{one}/smaps_rollup").read_text().splitlines():
             name, number, *_ = line.split()
             if name in parts:
                 parts[name] += 1024 * int(number)
-    weights, dtype = _WEIGHTS.search(said), _DTYPE.search(said)
-    assert weights is not None, said
-    assert dtype is not None, said
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
-        num_blocks = sum(float(count) for count in _BLOCKS.findall(reply.read().decode()))
-    ledger = MemoryLedger.of(read_layout(model).config, precision=dtype[1])
+    # The cache is two mappings, which the kernel may join: nothing else comes near their size.
+    cache_bytes = _said(_CACHE, said)
+    kv_cache = size = 0
+    for line in Path(f"/proc/{worker}/smaps").read_text().splitlines():
+        name, number, *_ = line.split()
+        if name == "Size:":
+            size = 1024 * int(number)
+        elif name == "Anonymous:" and size > 0.49 * cache_bytes:
+            kv_cache += 1024 * int(number)
     return Memory(
         anonymous=parts["Pss_Anon:"] + parts["Pss_Shmem:"],
         of_files=parts["Pss_File:"],
-        weights=int(float(weights[1]) * _UNITS[weights[2]]),
-        kv_cache=int(num_blocks) * _BLOCK_TOKENS * ledger.kv_bytes_per_token,
+        weights=_said(_WEIGHTS, said),
+        kv_cache=kv_cache,
     )
+
+
+def _said(pattern: re.Pattern[str], said: str) -> int:
+    """A number of bytes from the server's own lines."""
+    found = pattern.search(said)
+    assert found is not None, said
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def main() -> None:
@@ -159,10 +165,13 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="compile the kernels as well, once")
     arguments = parser.parse_args()
 
-    times, memory = Table(title="seconds from exec", title_justify="left"), Table(title="MB, PSS")
+    times, memory = (
+        Table(title="seconds from exec", title_justify="left"),
+        Table(title="MB, PSS", title_justify="left"),
+    )
     for heading in ("", "/health/live", "/health/ready", "first token"):
         times.add_column(heading, justify="right")
-    for heading in ("", "anonymous", "of files", "weights", "KV in use", "rest"):
+    for heading in ("", "anonymous", "of files", "weights", "KV written", "rest"):
         memory.add_column(heading, justify="right")
     for dtype in arguments.dtype:
         kinds = [("kernels cached", arguments.rounds)]
