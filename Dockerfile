@@ -18,14 +18,16 @@ RUN /opt/kvik/bin/pip install --no-cache-dir --disable-pip-version-check ${PIP_A
 
 FROM ${BASE_IMAGE}
 COPY --from=build /opt/kvik /opt/kvik
-RUN useradd --create-home --uid 1000 kvik
+RUN useradd --create-home --uid 1000 kvik && install -d -o kvik -g kvik /var/cache/kvik
 USER kvik
 WORKDIR /home/kvik
-# Kernels are compiled at the first start; the root file system may be read-only, /tmp is not.
+# Kernels are compiled for the processor at hand by the first start, and kept in a volume: it can be
+# written where the root file system cannot, and outlives the container where it is given a name.
 ENV PATH=/opt/kvik/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    NUMBA_CACHE_DIR=/tmp/numba
+    NUMBA_CACHE_DIR=/var/cache/kvik
+VOLUME /var/cache/kvik
 EXPOSE 8000
 HEALTHCHECK --interval=5s --timeout=3s --start-period=120s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health/ready', timeout=2)"]

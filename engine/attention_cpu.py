@@ -115,7 +115,7 @@ class CPUPagedAttention:
 
 def _num_threads() -> int:
     """As many as any kernel has that attends: the one below follows numba, the others torch."""
-    return max(numba.get_num_threads(), torch.get_num_threads())
+    return max(int(numba.get_num_threads()), torch.get_num_threads())
 
 
 @_jitable

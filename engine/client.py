@@ -6,22 +6,15 @@ alone, each continues as it would have. Knows no text, no HTTP and no torch.
 """
 
 import asyncio
-import contextlib
 import logging
-import os
-import signal
-import socket
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 
-from engine.config import THREADS_ENVIRONMENT, LaunchConfig
+from engine.config import LaunchConfig
 from engine.errors import EngineDied, EngineError, EngineStopped, StartRefused
-from engine.flight_recorder import FlightRecorder
 from engine.messages import (
     LENGTH_BYTES,
     Abort,
@@ -39,6 +32,7 @@ from engine.messages import (
 )
 from engine.sampling_params import SamplingParams
 from engine.validation import check_request
+from engine.worker_process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -190,12 +184,14 @@ class EngineClient:
         start_seconds: float = 300.0,
         max_fruitless_restarts: int = 3,
         worker_module: str = "engine.worker",
+        first_worker: WorkerProcess | None = None,
     ) -> None:
         """Prepare a client.
 
         A worker without a sign of life for `hang_seconds` while it has work is killed. After
         `max_fruitless_restarts` workers in a row that brought no token, none is started any more.
-        Another `worker_module` speaks the same frames, and need not compute for them.
+        Another `worker_module` speaks the same frames, and need not compute for them. The first
+        worker may have been started already.
         """
         self._config = config
         self._hang_seconds = hang_seconds
@@ -208,9 +204,9 @@ class EngineClient:
         self._next_seq_id = 0
         self._num_fruitless_restarts = 0
         self._busy_since = 0.0  # when the worker last got something to do
-        self._process: asyncio.subprocess.Process | None = None
+        self._first_worker = first_worker
+        self._worker: WorkerProcess | None = None
         self._writer: asyncio.StreamWriter | None = None
-        self._recorder: FlightRecorder | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()  # ready, down or stopped: no longer loading
         self.state = EngineState.LOADING
@@ -249,14 +245,14 @@ class EngineClient:
     @property
     def worker_pid(self) -> int | None:
         """The worker's process id, if one runs."""
-        return None if self._process is None else self._process.pid
+        return None if self._worker is None else self._worker.pid
 
     @property
     def seconds_without_sign(self) -> float:
         """How long the worker has had work and shown no sign of life; 0 when it has none."""
-        if not self._requests or self._recorder is None or self.state != EngineState.READY:
+        if not self._requests or self._worker is None or self.state != EngineState.READY:
             return 0.0
-        return time.monotonic() - max(self._busy_since, self._recorder.last_sign_of_life)
+        return time.monotonic() - max(self._busy_since, self._worker.recorder.last_sign_of_life)
 
     def submit(
         self,
@@ -323,19 +319,11 @@ class EngineClient:
 
     async def _run_worker(self) -> bool:
         """Run a worker until it ends. False: it refused to start, and another would as well."""
-        ours, theirs = socket.socketpair()
-        recorder = FlightRecorder.create(max_num_sequences=self._config.engine.max_num_sequences)
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", self._worker_module, str(theirs.fileno()),
-                str(recorder.descriptor), str(os.getpid()),
-                pass_fds=(theirs.fileno(), recorder.descriptor), stdin=asyncio.subprocess.DEVNULL,
-                env=_worker_environment(),
-            )  # fmt: skip
-        finally:
-            theirs.close()
-        self._recorder = recorder
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+        worker, self._first_worker = self._first_worker, None
+        worker = self._worker = worker or WorkerProcess(
+            max_num_sequences=self._config.engine.max_num_sequences, module=self._worker_module
+        )
+        reader, self._writer = await asyncio.open_connection(sock=worker.take_connection())
         watch: asyncio.Task[None] | None = None
         try:
             self._send(pack(Start(config=self._config)))
@@ -363,35 +351,26 @@ class EngineClient:
         finally:
             if watch is not None:
                 watch.cancel()
-            await self._bury(recorder)
+            await self._bury(worker)
 
-    async def _bury(self, recorder: FlightRecorder) -> None:
+    async def _bury(self, worker: WorkerProcess) -> None:
         """See a worker to its end, and find out whom it died of."""
-        assert self._process is not None
         assert self._writer is not None
         was_ready = self.state == EngineState.READY
         if was_ready:
             self.state = EngineState.RESTARTING
         self._writer.close()
         self._writer = None
-        try:  # its own status says more than our signal
-            grace = _GRACE_SECONDS if was_ready else 0
-            status = await asyncio.wait_for(self._process.wait(), grace)
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            status = await self._process.wait()
-        self._process = None
-        self._recorder = None
-        if was_ready:
-            how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-            self.reason = self.reason or f"the engine process ended with {how}"
-            self._blame(recorder.seq_ids_in_step())
-            logger.error(
-                "engine died reason=%s live_requests=%d suspects=%d",
-                self.reason, len(self._requests), len(self._suspects),
-            )  # fmt: skip
-        recorder.close()
+        with worker:
+            how = await worker.end(grace_seconds=_GRACE_SECONDS if was_ready else 0)
+            self._worker = None
+            if was_ready:
+                self.reason = self.reason or f"the engine process ended with {how}"
+                self._blame(worker.recorder.seq_ids_in_step())
+                logger.error(
+                    "engine died reason=%s live_requests=%d suspects=%d",
+                    self.reason, len(self._requests), len(self._suspects),
+                )  # fmt: skip
 
     def _blame(self, seq_ids: Sequence[int]) -> None:
         """Take note of the requests that may have killed the worker.
@@ -442,10 +421,10 @@ class EngineClient:
         """Kill a worker that shows no sign of life while it has work."""
         while True:
             await asyncio.sleep(min(_WATCH_INTERVAL_SECONDS, self._hang_seconds / 4))
-            if self.seconds_without_sign > self._hang_seconds and self._process is not None:
+            if self.seconds_without_sign > self._hang_seconds and self._worker is not None:
                 self.reason = f"the engine hung for {self._hang_seconds:.0f} s"
-                logger.error("engine hung pid=%d", self._process.pid)
-                self._process.kill()
+                logger.error("engine hung pid=%d", self._worker.pid)
+                self._worker.kill()
                 return
 
     def _deliver(self, frame: StepOutput) -> None:
@@ -538,15 +517,3 @@ async def _read_frame(reader: asyncio.StreamReader) -> FromWorker | None:
         return unpack_from_worker(await reader.readexactly(length))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
-
-
-def _worker_environment() -> dict[str, str]:
-    """Our environment, with what must be set before the worker's C library starts."""
-    # glibc returns large blocks to the kernel when freed, and logits are large and come every
-    # step: faulting their pages in again would cost more than computing them.
-    malloc = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-    # The worker runs with -P and finds its packages where we did: a directory one happens to stand
-    # in, nanoGPT's with its model.py say, does not get in their way.
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**malloc, **THREADS_ENVIRONMENT, **os.environ, "PYTHONPATH": path}

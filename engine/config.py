@@ -54,6 +54,8 @@ class LaunchConfig:
     kv_cache_dtype: str = "auto"  # auto (as it computes), float32, bfloat16, int8
     kv_cache_bytes: int | None = None  # None: as memory allows
     num_threads: int | None = None  # of the CPU's products; None: as torch chooses
+    # Ids that may be sampled, for whoever has read the tokenizer; None: it is read again.
+    vocab_size: int | None = None
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:

@@ -97,7 +97,9 @@ def counters(num_phases: int) -> Array:
     return np.zeros((num_phases, 2, 8), np.int64)
 
 
-def _place(context: Any, builder: Any, kind: Any, array: Any, phase: Any, which: int) -> Any:
+def _place(context: Any, builder: Any, signature: Any, arguments: Any, which: int) -> Any:
+    """The address of a phase's count of tasks taken (0) or done (1)."""
+    kind, (array, phase) = signature.args[0], arguments
     found = context.make_array(kind)(context, builder, array)
     indices = [phase, *(ir.Constant(phase.type, index) for index in (which, 0))]
     return cgutils.get_item_pointer(context, builder, kind, found, indices)
@@ -108,7 +110,7 @@ def take(context: Any, counts: Any, phase: Any) -> Any:
     """Take the next task of a phase: its number, or one too high when none is left."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        taken = _place(context, builder, signature.args[0], *arguments, 0)
+        taken = _place(context, builder, signature, arguments, 0)
         return builder.atomic_rmw("add", taken, ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.intp(counts, types.intp), generate
@@ -119,7 +121,7 @@ def finish(context: Any, counts: Any, phase: Any) -> Any:
     """Tell that a task is done, and with it everything that it wrote."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        done = _place(context, builder, signature.args[0], *arguments, 1)
+        done = _place(context, builder, signature, arguments, 1)
         builder.atomic_rmw("add", done, ir.Constant(ir.IntType(64), 1), "release")
         return context.get_dummy_value()
 
@@ -129,7 +131,7 @@ def finish(context: Any, counts: Any, phase: Any) -> Any:
 @numba.extending.intrinsic
 def _num_done(context: Any, counts: Any, phase: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        done = _place(context, builder, signature.args[0], *arguments, 1)
+        done = _place(context, builder, signature, arguments, 1)
         return builder.load_atomic(done, "acquire", 8)
 
     return types.intp(counts, types.intp), generate
@@ -162,7 +164,7 @@ def _stamp(context: Any, counts: Any, phase: Any) -> Any:
     """Note the processor's clock beside the count of what is done."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        done = _place(context, builder, signature.args[0], *arguments, 1)
+        done = _place(context, builder, signature, arguments, 1)
         clock = ir.FunctionType(ir.IntType(64), [])
         function = cgutils.get_or_insert_function(builder.module, clock, "llvm.readcyclecounter")
         at = builder.gep(done, [ir.Constant(ir.IntType(32), 1)])

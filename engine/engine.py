@@ -211,6 +211,11 @@ class Engine:
                 "of decoding: lower kv_cache_bytes, num_blocks or max_num_sequences."
             ) from error
 
+    @property
+    def weights_bytes(self) -> int:
+        """What the weights take as they are held, packed or not."""
+        return self._runner.weights_bytes
+
     def is_batch_invariant(self) -> bool:
         """Whether a row comes out in the same bytes however many come with it, as measured now."""
         return self._runner.is_batch_invariant()

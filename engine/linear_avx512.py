@@ -517,7 +517,7 @@ class FusedLinear(nn.Module):
         has the kernels.
         """
         kind = kind_of(weight.dtype, quantizes=quantizes)
-        weights = PackedWeights(1, *weight.shape, kind)
+        weights = PackedWeights(1, weight.shape[0], weight.shape[1], kind)
         weights.take(0, weight, bias, norm)
         self._set(weights, 0, activation)
 
@@ -560,15 +560,6 @@ def kind_of(dtype: torch.dtype, *, quantizes: bool) -> int:
     if quantizes:
         return INT8
     return BFLOAT16 if dtype == torch.bfloat16 else FLOAT32
-
-
-def row_buffers(
-    kind: int, num_rows: int, steps: int, scratch: Scratch, name: str
-) -> tuple[Array, Array, Array]:
-    """Make room for a product's inputs, padded with zeros, and the scale and zero of each row."""
-    phases = PHASES[kind]
-    inputs = scratch.array(name, num_rows, steps * phases.values, phases.input_type)
-    return inputs, np.empty(num_rows, np.float32), np.empty(num_rows, np.int32)
 
 
 def _pack(weight: Tensor, packed: Array) -> None:

@@ -1,23 +1,29 @@
 """From a checkpoint directory to an engine that is ready to step."""
 
+import ctypes
+import dataclasses
 import hashlib
 import logging
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from engine.config import LaunchConfig
+from engine.config import EngineConfig, LaunchConfig
 from engine.engine import Engine
 from engine.errors import DoesNotFit, StartRefused
-from engine.linear import can_fuse, can_pack
 from engine.memory import plan_memory
 from engine.messages import Ready
+from engine.precision import Abilities, Precision, choose_precision
+from model.config import GPTConfig
+from model.gpt import GPT
 from model.vocabulary import TokenizerError
 from weights.checkpoint import load_layout
 from weights.layout import Layout, read_layout, read_tokenizer
-from weights.ledger import available_memory_bytes, kv_bytes_per_token
+from weights.ledger import MemoryLedger, available_memory_bytes, kv_bytes_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -32,22 +38,28 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
         torch.set_num_threads(config.num_threads)
     layout = read_layout(Path(config.model))
     device = _choose_device(config.device)
-    dtype = _choose_dtype(config.dtype, device)
+    precision = choose_precision(config.dtype, Abilities.of(device))
+    dtype = precision.dtype
     kv_cache_dtype = _choose_kv_cache_dtype(config.kv_cache_dtype, dtype, device)
     kv_cache_precision = str(kv_cache_dtype).removeprefix("torch.")
-    with ThreadPoolExecutor(1) as executor:  # hashing lets go of the interpreter lock
-        weights_id = executor.submit(hash_weights, layout)
-        model = load_layout(layout, device=device, dtype=dtype)
-        digest = weights_id.result()
-    bytes_per_value = dtype.itemsize
-    weights_bytes = sum(p.nbytes for p in model.parameters())
+    vocab_size = config.vocab_size or _known_ids(layout)
+    # Hashing and reading let go of the interpreter lock, and kernels want it for much of a second.
+    with ThreadPoolExecutor(2) as executor:
+        reading = executor.submit(load_layout, layout, device=device, dtype=dtype)
+        hashing = executor.submit(hash_weights, layout)
+        if device.type == "cpu":
+            _load_kernels(layout.config, precision, kv_cache_dtype)
+        model, digest = reading.result(), hashing.result()
+    # Packing adds a copy of the embedding, as the output head.
+    weights_bytes = MemoryLedger.of(layout.config, precision=precision.name).weights_bytes
+    growth = max(0, weights_bytes - sum(p.nbytes for p in model.parameters()))
     plan = plan_memory(
         layout.config,
         config.engine,
-        bytes_per_value=bytes_per_value,
+        bytes_per_value=dtype.itemsize,
         kv_bytes_per_token=kv_bytes_per_token(layout.config, kv_cache_precision),
         weights_bytes=weights_bytes,
-        available_bytes=_available_bytes(device),
+        available_bytes=_available_bytes(device) - growth,
         kv_cache_bytes=config.kv_cache_bytes,
     )
     try:
@@ -55,10 +67,10 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
             model,
             config.engine,
             num_blocks=plan.num_blocks,
-            vocab_size=_known_ids(layout),
+            vocab_size=vocab_size,
             eos_token_ids=layout.eos_token_ids,
             weights_id=bytes.fromhex(digest),
-            quantizes=config.dtype == "int8",
+            quantizes=precision.quantizes,
             kv_cache_dtype=kv_cache_dtype,
         )
     # torch's out-of-memory errors are RuntimeErrors, and mapped memory's OSErrors.
@@ -67,24 +79,62 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
             f"The KV cache of {plan.kv_cache_bytes / 1e6:.0f} MB could not be allocated "
             f"({error}): lower kv_cache_bytes or num_blocks."
         ) from error
+    del model
     engine.warm_up()
+    is_batch_invariant = engine.is_batch_invariant()
+    _return_free_memory()
     ready = Ready(
         pid=os.getpid(),
         device=str(device),
-        dtype="int8" if config.dtype == "int8" else str(dtype).removeprefix("torch."),
+        dtype=precision.name,
+        products=precision.products,
+        numerics=precision.reason,
         kv_cache_dtype=kv_cache_precision,
         n_ctx=engine.n_ctx,
         vocab_size=engine.vocab_size,
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
-        weights_bytes=weights_bytes,
+        weights_bytes=engine.weights_bytes,
         working_bytes=plan.working_bytes,
         kv_cache_bytes=plan.kv_cache_bytes,
         available_bytes=plan.available_bytes,
         weights_id=digest,
-        is_batch_invariant=engine.is_batch_invariant(),
+        is_batch_invariant=is_batch_invariant,
     )
     return engine, ready
+
+
+def _load_kernels(config: GPTConfig, precision: Precision, kv_cache_dtype: torch.dtype) -> None:
+    """Compile what a step on a CPU runs, or load it from the disk, by a step of a small model.
+
+    One of a single layer and few ids, with the shapes that kernels are compiled for.
+    """
+    small = dataclasses.replace(config, n_layer=1, n_ctx=16, vocab_size=64)
+    with torch.device("meta"):
+        model = GPT(small)
+    for name, parameter in list(model.named_parameters()):
+        module, _, attribute = name.rpartition(".")
+        zeros = nn.Parameter(torch.zeros(parameter.shape, dtype=precision.dtype))
+        setattr(model.get_submodule(module), attribute, zeros)
+    settings = EngineConfig(max_num_sequences=1, max_num_scheduled_tokens=16)
+    Engine(
+        model.eval(),
+        settings,
+        num_blocks=3,
+        vocab_size=64,
+        eos_token_ids=(),
+        quantizes=precision.quantizes,
+        kv_cache_dtype=kv_cache_dtype,
+    ).warm_up()
+
+
+def _return_free_memory() -> None:
+    """Give back to the system what loading needed and glibc keeps for later; elsewhere, nothing."""
+    if sys.platform == "linux":
+        # A C library without it, musl say, returns memory by itself.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def hash_weights(layout: Layout) -> str:
@@ -122,26 +172,6 @@ def _choose_device(name: str) -> torch.device:
             f"({torch.cuda.device_count()} found); use --device cpu."
         )
     return device
-
-
-def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision to compute in; `auto` is bfloat16 where the processor has it.
-
-    int8 is the weights' alone: between the products and in the cache it is bfloat16.
-    """
-    if name == "int8":
-        if not can_fuse(device, torch.bfloat16, quantizes=True):
-            raise StartRefused(
-                reason="dtype int8 needs a CPU with AVX-512 VNNI, which is not here; use --dtype "
-                "auto."
-            )
-        return torch.bfloat16
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    has_bfloat16 = can_fuse(device, torch.bfloat16) or can_pack(device, torch.bfloat16)
-    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def _choose_kv_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -93,13 +93,15 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     pid: int
     device: str
-    dtype: str
+    dtype: str  # of the weights: float32, bfloat16 or int8
+    products: str  # whose they are: kvik, onednn, torch or gpu
+    numerics: str  # why these two, for people
     kv_cache_dtype: str
     n_ctx: int
     vocab_size: int  # ids that may be sampled, and sent
     num_blocks: int
     block_size: int
-    weights_bytes: int
+    weights_bytes: int  # as they are held, the output head's own copy included
     working_bytes: int  # the most one step needs besides
     kv_cache_bytes: int
     available_bytes: int  # was free before the cache

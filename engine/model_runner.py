@@ -183,6 +183,15 @@ class ModelRunner:
         if self._decode_loop is not None:
             self._decode_loop.capture_all()
 
+    @property
+    def weights_bytes(self) -> int:
+        """What model and head hold, in whatever form they were packed; shared memory once."""
+        held: dict[int, int] = {}
+        for module in (*self._model.modules(), *self._head.modules()):
+            for values in (module._parameters, module._buffers, module.__dict__):
+                _count_bytes(values, held)
+        return sum(held.values())
+
     @torch.inference_mode()
     def is_batch_invariant(self) -> bool:
         """Whether a row of each kind of product comes out in the same bytes at any row count."""
@@ -251,3 +260,18 @@ class ModelRunner:
                 if not is_finite and row not in result.failed_rows:
                     result.failed_rows.append(row)
             first += count
+
+
+def _count_bytes(value: object, held: dict[int, int]) -> None:
+    """Add the tensors and arrays in a value, by where they lie, with the bytes of each."""
+    if isinstance(value, Tensor):
+        is_packed = value.is_mkldnn  # opaque: it does not tell where it lies
+        held[id(value) if is_packed else value.data_ptr()] = value.numel() * value.itemsize
+    elif isinstance(value, np.ndarray):
+        held[value.ctypes.data] = value.nbytes
+    elif isinstance(value, dict):
+        for part in value.values():
+            _count_bytes(part, held)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _count_bytes(part, held)

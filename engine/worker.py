@@ -3,6 +3,13 @@
 Started as `python -m engine.worker SOCKET_FD RECORDER_FD PARENT_PID` by `engine/client.py`.
 """
 
+import gc
+
+if __name__ == "__main__":
+    # The imports make half a million objects that stay: looking through them for garbage again and
+    # again is a tenth of the start. `run` lets it look at what comes after.
+    gc.disable()
+
 import ctypes
 import logging
 import os
@@ -76,6 +83,8 @@ def run(connection: socket.socket, recorder: FlightRecorder) -> None:
     except (CheckpointError, EngineError, ValueError, MemoryError, OSError) as error:
         _send(connection, StartFailed(reason=str(error) or type(error).__name__))
         return
+    gc.freeze()
+    gc.enable()
     _send(connection, ready)
     serve(engine, inbox, connection, recorder)
 

@@ -76,7 +76,13 @@ def generate(
         )
         alone = EngineConfig(max_num_sequences=1)
         engine, _ = load_engine(
-            LaunchConfig(model=str(layout.directory), device=device, dtype=dtype, engine=alone)
+            LaunchConfig(
+                model=str(layout.directory),
+                device=device,
+                dtype=dtype,
+                vocab_size=tokenizer.vocab_size,
+                engine=alone,
+            )
         )
     except (CheckpointError, TokenizerError, EngineError, ValueError) as error:
         fail(error)

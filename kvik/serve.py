@@ -151,17 +151,12 @@ def serve(
     ] = "info",
 ) -> None:
     """Serve completions over HTTP, until SIGTERM or Ctrl-C."""
-    from engine.config import EngineConfig, LaunchConfig
-    from engine.messages import Ready
+    from engine.config import EngineConfig
+    from engine.worker_process import WorkerProcess
     from model.vocabulary import TokenizerError
     from server import log
-    from server.app import CannotServe
-    from server.app import serve as serve_http
-    from server.config import ServerConfig
-    from server.served_model import ServedModel
     from weights.hub import resolve
-    from weights.layout import CheckpointError
-    from weights.ledger import format_bytes
+    from weights.layout import CheckpointError, read_layout
 
     if log_format not in log.FORMATS:
         fail(f"--log-format must be one of {', '.join(log.FORMATS)}, got {log_format!r}.")
@@ -169,64 +164,67 @@ def serve(
         fail(f"--log-level must be one of {', '.join(log.LEVELS)}, got {log_level!r}.")
     log.configure(kind=log_format, level=log_level)
     try:
-        directory = resolve(model)
-        served = ServedModel.read(directory, name=served_model_name)
-        launch = LaunchConfig(
-            model=str(directory),
-            device=device,
-            dtype=dtype,
-            kv_cache_dtype=kv_cache_dtype,
-            kv_cache_bytes=kv_cache_bytes,
-            num_threads=num_threads,
-            engine=EngineConfig(
-                block_size=block_size,
-                num_blocks=num_blocks,
-                max_num_sequences=max_num_sequences,
-                max_num_scheduled_tokens=max_num_scheduled_tokens,
-                enable_prefix_cache=prefix_cache,
-            ),
+        layout = read_layout(resolve(model))
+        engine = EngineConfig(
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_num_sequences=max_num_sequences,
+            max_num_scheduled_tokens=max_num_scheduled_tokens,
+            enable_prefix_cache=prefix_cache,
         )
-        config = ServerConfig(
-            host=host,
-            port=port,
-            api_keys=(*(api_key or ()), *_read_keys(api_key_file)),
-            cors_origins=tuple(cors_origin or ()),
-            tls_certificate=tls_certificate,
-            tls_key=tls_key,
-            max_waiting_requests=max_waiting_requests,
-            max_prompt_tokens=max_prompt_tokens,
-            max_body_bytes=max_body_bytes,
-            max_header_bytes=max_header_bytes,
-            receive_seconds=receive_seconds,
-            drain_seconds=drain_seconds,
-            keepalive_seconds=keepalive_seconds,
-            stalled_reader_seconds=stalled_reader_seconds,
-            hung_after_seconds=hung_after_seconds,
-            num_timelines=num_timelines,
-        )
+        with WorkerProcess(max_num_sequences=max_num_sequences) as first_worker:
+            # What the worker imports takes longer than all of the following, and goes on beside it.
+            from engine.config import LaunchConfig
+            from server.announcement import describe_start
+            from server.app import CannotServe
+            from server.app import serve as serve_http
+            from server.config import ServerConfig
+            from server.served_model import ServedModel
+            from weights.layout import read_tokenizer
 
-        def announce(address: str, facts: Ready) -> None:
-            key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
-            body = f'{{"model": "{served.name}", "prompt": "Once upon a time", '
-            body += '"max_tokens": 200, "stream": true}'
-            cache_tokens = facts.num_blocks * facts.block_size
-            for line in (
-                f"model    {served.name} on {facts.device} in {facts.dtype}, "
-                f"weights {facts.weights_id[:16]}",
-                f"memory   {format_bytes(facts.available_bytes)} free: {facts.kv_cache_dtype} KV "
-                f"cache {format_bytes(facts.kv_cache_bytes)} ({facts.num_blocks:,} blocks, "
-                f"{cache_tokens:,} tokens, {cache_tokens // served.n_ctx:,} contexts of "
-                f"{served.n_ctx}), a step {format_bytes(facts.working_bytes)}; "
-                f"weights {format_bytes(facts.weights_bytes)}",
-                f"address  {address}",
-                "try it   "
-                f"curl -N {address}/v1/completions{key} -H 'Content-Type: application/json' "
-                f"-d '{body}'",
-            ):
-                typer.echo(line)
-
-        serve_http(config, launch, served, hang_seconds=hang_seconds, announce=announce)
-    except (CheckpointError, TokenizerError, CannotServe, ValueError) as error:
+            served = ServedModel.of(layout, read_tokenizer(layout), name=served_model_name)
+            launch = LaunchConfig(
+                model=str(layout.directory),
+                device=device,
+                dtype=dtype,
+                kv_cache_dtype=kv_cache_dtype,
+                kv_cache_bytes=kv_cache_bytes,
+                num_threads=num_threads,
+                vocab_size=served.vocab_size,
+                engine=engine,
+            )
+            config = ServerConfig(
+                host=host,
+                port=port,
+                api_keys=(*(api_key or ()), *_read_keys(api_key_file)),
+                cors_origins=tuple(cors_origin or ()),
+                tls_certificate=tls_certificate,
+                tls_key=tls_key,
+                max_waiting_requests=max_waiting_requests,
+                max_prompt_tokens=max_prompt_tokens,
+                max_body_bytes=max_body_bytes,
+                max_header_bytes=max_header_bytes,
+                receive_seconds=receive_seconds,
+                drain_seconds=drain_seconds,
+                keepalive_seconds=keepalive_seconds,
+                stalled_reader_seconds=stalled_reader_seconds,
+                hung_after_seconds=hung_after_seconds,
+                num_timelines=num_timelines,
+            )
+            try:
+                serve_http(
+                    config,
+                    launch,
+                    served,
+                    hang_seconds=hang_seconds,
+                    first_worker=first_worker,
+                    announce=lambda address, facts: typer.echo(
+                        "\n".join(describe_start(address, facts, served, config))
+                    ),
+                )
+            except CannotServe as error:
+                fail(error)
+    except (CheckpointError, TokenizerError, ValueError) as error:
         fail(error)
 
 

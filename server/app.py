@@ -23,6 +23,7 @@ from engine.client import EngineClient
 from engine.config import LaunchConfig
 from engine.errors import StartRefused
 from engine.messages import Ready
+from engine.worker_process import WorkerProcess
 from server.config import ServerConfig
 from server.errors import (
     ApiError,
@@ -135,13 +136,16 @@ def serve(
     *,
     hang_seconds: float = 30.0,
     worker_module: str = "engine.worker",
+    first_worker: WorkerProcess | None = None,
     announce: Callable[[str, Ready], None],
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish what runs; raises CannotServe.
 
     `announce` is called once, with the server's address, when requests can be sent there.
     """
-    engine = EngineClient(launch, hang_seconds=hang_seconds, worker_module=worker_module)
+    engine = EngineClient(
+        launch, hang_seconds=hang_seconds, worker_module=worker_module, first_worker=first_worker
+    )
     listening = _bind(config)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(Service(config, launch, model, engine), engine, listening, announce))
@@ -210,6 +214,12 @@ async def _serve(
             except StartRefused as error:
                 raise CannotServe(str(error)) from None
             service.fingerprint()
+            logger.info(
+                "engine ready device=%s dtype=%s products=%s weights_bytes=%d kv_cache_bytes=%d "
+                "numerics=%r",
+                facts.device, facts.dtype, facts.products, facts.weights_bytes,
+                facts.kv_cache_bytes, facts.numerics,
+            )  # fmt: skip
             announce(_address(config, listening), facts)
             await stop_signal
         else:

@@ -537,9 +537,13 @@ class TimelineResponse(_Reply):
 
 
 class VersionResponse(_Reply):
-    """What runs here."""
+    """What runs here; of the engine, once it has loaded."""
 
     version: str
+    device: str | None
+    dtype: str | None  # of the weights
+    products: str | None  # whose they are: kvik, onednn, torch or gpu
+    numerics: str | None  # why these two
 
 
 BodyT = TypeVar("BodyT", bound=Body)

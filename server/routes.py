@@ -406,7 +406,18 @@ def operations_router(service: Service) -> APIRouter:
     @router.get("/version", response_model=VersionResponse, responses=_errors())
     async def show_version() -> VersionResponse:
         """What runs here."""
-        return VersionResponse(version=VERSION)
+        facts = service.engine.facts
+        if facts is None:
+            return VersionResponse(
+                version=VERSION, device=None, dtype=None, products=None, numerics=None
+            )
+        return VersionResponse(
+            version=VERSION,
+            device=facts.device,
+            dtype=facts.dtype,
+            products=facts.products,
+            numerics=facts.numerics,
+        )
 
     @router.get(
         "/metrics",

@@ -223,6 +223,7 @@ class Service:
                 facts.device,
                 facts.dtype,
                 facts.kv_cache_dtype,
+                facts.products,
                 str(facts.is_batch_invariant),
             )
             digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -29,6 +29,7 @@ ALLOWED_TO_SERVER = {
     "engine.messages",
     "engine.sampling_params",
     "engine.validation",
+    "engine.worker_process",
     "weights.hub",
     "weights.layout",
     "weights.ledger",
@@ -59,6 +60,7 @@ NO_TORCH = [
     "engine/scheduler.py",
     "engine/sequence.py",
     "engine/validation.py",
+    "engine/worker_process.py",
     *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "server").rglob("*.py")),
 ]
 

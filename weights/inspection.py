@@ -5,7 +5,7 @@ from pathlib import Path
 
 from model.vocabulary import TokenizerError
 from weights.layout import CheckpointError, Layout, read_layout, read_tokenizer
-from weights.ledger import MemoryLedger, available_memory_bytes, format_bytes
+from weights.ledger import PRECISIONS, MemoryLedger, available_memory_bytes, format_bytes
 
 
 def describe(directory: Path) -> list[str]:
@@ -55,15 +55,12 @@ def _files(layout: Layout) -> list[str]:
 
 def _ledgers(layout: Layout, available_bytes: int) -> list[str]:
     rows = [("precision", "weights", "KV a token", "KV a context", "contexts fit")]
-    for precision, dtype, kv_cache_dtype in (
-        ("float32", "float32", "float32"),
-        ("bfloat16", "bfloat16", "bfloat16"),
-        ("int8 cache", "bfloat16", "int8"),
-    ):
-        ledger = MemoryLedger.of(layout.config, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
+    kinds = [(precision, precision, None) for precision in PRECISIONS]
+    for kind, precision, kv_cache_dtype in (*kinds, ("int8 cache", "bfloat16", "int8")):
+        ledger = MemoryLedger.of(layout.config, precision=precision, kv_cache_dtype=kv_cache_dtype)
         rows.append(
             (
-                precision,
+                kind,
                 format_bytes(ledger.weights_bytes),
                 format_bytes(ledger.kv_bytes_per_token),
                 format_bytes(ledger.kv_bytes_per_sequence),

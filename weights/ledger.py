@@ -10,6 +10,9 @@ from model.config import GPTConfig
 SCALE_BYTES = 4  # beside a head's 8-bit keys of one token, and as many beside its values
 
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+# Bytes of a weight that is multiplied with, and the type of any other number, the cache's too.
+_PRECISIONS = {"float32": (4, "float32"), "bfloat16": (2, "bfloat16"), "int8": (1, "bfloat16")}
+PRECISIONS = tuple(_PRECISIONS)
 
 
 def kv_bytes_per_token(config: GPTConfig, kv_cache_dtype: str) -> int:
@@ -27,11 +30,23 @@ class MemoryLedger:
     n_ctx: int
 
     @classmethod
-    def of(cls, config: GPTConfig, *, dtype: str, kv_cache_dtype: str) -> "MemoryLedger":
-        """The ledger of a model with weights and cache each in float32, bfloat16 or int8."""
+    def of(
+        cls, config: GPTConfig, *, precision: str, kv_cache_dtype: str | None = None
+    ) -> "MemoryLedger":
+        """The ledger of a model as it is served in a precision: float32, bfloat16 or int8.
+
+        The cache is as precise as what is computed with it, unless `kv_cache_dtype` says otherwise.
+        The embedding lies there twice: to look tokens up, and packed as the output head. What pads
+        packed weights, and the scales of 8 bits, are not in it: a hundredth at GPT-2's sizes.
+        """
+        weight_bytes, others = _PRECISIONS[precision]
+        width = config.n_embd
+        num_weights = config.n_layer * (4 * width**2 + 2 * width * config.mlp_width)
+        num_others = config.num_parameters - num_weights
         return cls(
-            weights_bytes=config.num_parameters * _VALUE_BYTES[dtype],
-            kv_bytes_per_token=kv_bytes_per_token(config, kv_cache_dtype),
+            weights_bytes=(num_weights + config.vocab_size * width) * weight_bytes
+            + num_others * _VALUE_BYTES[others],
+            kv_bytes_per_token=kv_bytes_per_token(config, kv_cache_dtype or others),
             n_ctx=config.n_ctx,
         )
 

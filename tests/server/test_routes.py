@@ -7,7 +7,9 @@ import pytest
 
 from server.routes import PAGES
 from server.served_model import ServedModel
+from server.service import VERSION
 from tests.server.conftest import Serve
+from tests.server.fakes import FACTS
 from tests.server.test_errors import check_shape
 
 
@@ -21,6 +23,20 @@ def test_models_lists_the_one_that_is_served(serve: Serve, served: ServedModel) 
         "id": "tiny", "object": "model", "created": served.created, "owned_by": "kvik",
         "max_model_len": 64,
     }  # fmt: skip
+
+
+def test_version_tells_what_computes_once_that_is_known(serve: Serve) -> None:
+    with serve() as (client, service):
+        loaded = client.get("/version").json()
+        service.engine.facts = None  # it still loads
+        loading = client.get("/version").json()
+
+    assert loaded == {
+        "version": VERSION, "device": "cpu", "dtype": "float32", "products": "kvik",
+        "numerics": FACTS.numerics,
+    }  # fmt: skip
+    nothing = dict.fromkeys(("device", "dtype", "products", "numerics"))
+    assert loading == {"version": VERSION, **nothing}
 
 
 @pytest.mark.parametrize("text", ["", " the end", "é<|endoftext|>", "z" * 10_000])

@@ -9,14 +9,25 @@ from tests.tiny_models import random_tokens, tiny_config, tiny_gpt
 from weights.ledger import MemoryLedger, available_memory_bytes, format_bytes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_ledger_counts_the_bytes_of_the_model(dtype: torch.dtype) -> None:
-    model = tiny_gpt(tiny_config(n_layer=3, n_inner=5)).to(dtype)
+@pytest.mark.parametrize(
+    ("precision", "weight_bytes", "other_bytes"),
+    [("float32", 4, 4), ("bfloat16", 2, 2), ("int8", 1, 2)],
+)
+def test_the_ledger_counts_every_parameter_and_the_head_s_copy_of_the_embedding(
+    precision: str, weight_bytes: int, other_bytes: int
+) -> None:
+    model = tiny_gpt(tiny_config(n_layer=3, n_inner=5))
+    is_weight = {
+        name: name.startswith("h.") and parameter.dim() == 2
+        for name, parameter in model.named_parameters()
+    }
 
-    name = str(dtype).removeprefix("torch.")
-    ledger = MemoryLedger.of(model.config, dtype=name, kv_cache_dtype=name)
+    ledger = MemoryLedger.of(model.config, precision=precision)
 
-    assert ledger.weights_bytes == sum(p.nbytes for p in model.parameters())
+    assert ledger.weights_bytes == model.wte.weight.numel() * weight_bytes + sum(
+        parameter.numel() * (weight_bytes if is_weight[name] else other_bytes)
+        for name, parameter in model.named_parameters()
+    )
 
 
 def test_the_ledger_counts_the_keys_and_values_that_layers_ask_to_attend() -> None:
@@ -30,7 +41,7 @@ def test_the_ledger_counts_the_keys_and_values_that_layers_ask_to_attend() -> No
 
     model(random_tokens(model.config, 16), torch.arange(16), attend)
 
-    ledger = MemoryLedger.of(model.config, dtype="float32", kv_cache_dtype="float32")
+    ledger = MemoryLedger.of(model.config, precision="float32")
     assert ledger.kv_bytes_per_sequence == sum(asked)
     assert ledger.kv_bytes_per_token == sum(asked) // 16
 
@@ -45,7 +56,7 @@ def test_as_many_contexts_fit_as_the_memory_beside_the_weights_holds(free: int, 
 
 
 def test_a_token_of_gpt2_takes_36_kib_in_bfloat16() -> None:
-    ledger = MemoryLedger.of(GPTConfig(), dtype="bfloat16", kv_cache_dtype="bfloat16")
+    ledger = MemoryLedger.of(GPTConfig(), precision="bfloat16")
 
     assert ledger.kv_bytes_per_token == 36 * 1024
 

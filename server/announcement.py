@@ -1,0 +1,28 @@
+"""What the server says once it can be used: what runs, where memory goes, where and how to ask."""
+
+from engine.messages import Ready
+from server.config import ServerConfig
+from server.served_model import ServedModel
+from weights.ledger import format_bytes
+
+
+def describe_start(
+    address: str, facts: Ready, model: ServedModel, config: ServerConfig
+) -> list[str]:
+    """Lines for people."""
+    cache_tokens = facts.num_blocks * facts.block_size
+    key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
+    body = f'{{"model": "{model.name}", "prompt": "Once upon a time", '
+    body += '"max_tokens": 200, "stream": true}'
+    return [
+        f"model    {model.name} on {facts.device} in {facts.dtype}, "
+        f"weights {facts.weights_id[:16]}",
+        f"numbers  {facts.numerics}",
+        f"memory   {format_bytes(facts.available_bytes)} free: {facts.kv_cache_dtype} KV cache "
+        f"{format_bytes(facts.kv_cache_bytes)} ({facts.num_blocks:,} blocks, "
+        f"{cache_tokens:,} tokens, {cache_tokens // model.n_ctx:,} contexts of {model.n_ctx}), "
+        f"a step {format_bytes(facts.working_bytes)}; weights {format_bytes(facts.weights_bytes)}",
+        f"address  {address}",
+        "try it   "
+        f"curl -N {address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+    ]

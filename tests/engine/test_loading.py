@@ -1,0 +1,81 @@
+"""From a checkpoint to an engine: what it says it holds, and what a second start need not do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import EngineConfig, LaunchConfig
+from engine.loading import load_engine
+from engine.precision import Abilities
+from tests.tiny_models import tiny_checkpoint, tiny_config, tiny_gpt
+from weights.layout import read_layout
+from weights.ledger import PRECISIONS, MemoryLedger
+
+ROOT = Path(__file__).parents[2]
+HERE = Abilities.of(torch.device("cpu"))
+ENGINE = EngineConfig(num_blocks=40, max_num_sequences=4, max_num_scheduled_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as wide as GPT-2, where what pads packed weights is little."""
+    directory = tmp_path_factory.mktemp("loading") / "wide"
+    config = tiny_config(n_layer=1, n_head=12, n_embd=768, vocab_size=3000)
+    tiny_checkpoint(directory, model=tiny_gpt(config))
+    return directory
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_ledger_tells_the_bytes_that_are_held(wide: Path, precision: str) -> None:
+    if precision not in HERE.own:
+        pytest.skip(f"no kernels of ours for {precision} here")
+    config = LaunchConfig(
+        model=str(wide), device="cpu", dtype=precision, vocab_size=3000, engine=ENGINE
+    )
+
+    _, ready = load_engine(config)
+
+    foretold = MemoryLedger.of(read_layout(wide).config, precision=precision).weights_bytes
+    assert ready.dtype == precision
+    # Padding to whole tiles, and float32 biases, norms and scales.
+    assert foretold <= ready.weights_bytes <= 1.03 * foretold
+
+
+def test_what_a_start_says_of_its_numbers_is_what_the_machine_has(wide: Path) -> None:
+    _, ready = load_engine(LaunchConfig(model=str(wide), device="cpu", engine=ENGINE))
+
+    assert ready.numerics.startswith(f"auto chose {ready.dtype}")
+    has_own = ready.dtype in HERE.own
+    assert ready.products == (
+        "kvik" if has_own else "onednn" if ready.dtype in HERE.packed else "torch"
+    )
+
+
+def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "model", model=tiny_gpt(tiny_config(n_embd=64)))
+    kernels = tmp_path / "kernels"
+    program = (
+        "import sys\n"
+        "from engine.config import EngineConfig, LaunchConfig\n"
+        "from engine.loading import load_engine\n"
+        "small = EngineConfig(max_num_sequences=4, max_num_scheduled_tokens=32, num_blocks=200)\n"
+        "load_engine(LaunchConfig(model=sys.argv[1], device='cpu', num_threads=1, engine=small))\n"
+    )
+
+    def start() -> dict[str, int]:
+        """Start, and say when each file of compiled kernels was written."""
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "model")], check=True, cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(kernels)},
+        )  # fmt: skip
+        files = (path for path in kernels.rglob("*") if path.is_file())
+        return {str(path): path.stat().st_mtime_ns for path in files}
+
+    first = start()
+
+    assert any(name.endswith(".nbc") for name in first)
+    assert start() == first
