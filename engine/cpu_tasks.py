@@ -9,6 +9,7 @@ one after another, get through as well. Plain functions for numba's kernels; the
 import ctypes
 import functools
 import os
+import platform
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -151,9 +152,10 @@ def _yield_core(context: Any) -> Any:
 @numba.extending.intrinsic
 def _pause(context: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause")
-        builder.call(function, [])
+        if platform.machine() in ("x86_64", "AMD64"):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause")
+            builder.call(function, [])
         return context.get_dummy_value()
 
     return types.void(), generate

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from engine.cpu_math import Array
+from engine.cpu_tasks import Team, counters, finish, take, team, wait
 from engine.draw import LOG2_E, MASSLESS, POWERS_OF_TWO, UNIT_BITS, WEIGHTLESS, Filters
 from engine.random_stream import LOUD, MAX_NOISE, MIN_NOISE, MULTIPLIERS, WEYL, NoiseKeys, gumbel
 
@@ -52,7 +53,8 @@ _SHIFT, _LONG_SHIFT = np.float32(1.5 * 2**23), np.float64(1.5 * 2**52)
 _SHIFT_BITS, _LONG_SHIFT_BITS = _SHIFT.view(np.int32), _LONG_SHIFT.view(np.int64)
 _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(value) for value in POWERS_OF_TWO)
 
-_compiled = numba.njit(nogil=True, boundscheck=False)
+_compiled = numba.njit(nogil=True, boundscheck=False, error_model="numpy")
+_kernel = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 _inlined = numba.njit(inline="always")
 
 
@@ -420,25 +422,24 @@ def _choose_row(
         token_ids[at] = np.int64(token)
 
 
-@numba.njit(parallel=True, nogil=True, cache=True, boundscheck=False)
+@_kernel
 def _choose(
-    logits: Array, stride: Any, size: Any, temperature: Array, seed: Array, choice: Array,
-    position: Array, top_k: Array, top_p: Array, log_min_p: Array, typical_p: Array,
-    token_ids: Array, is_finite: Array,
+    thread: Any, num_threads: Any, counts: Array, logits: Array, stride: Any, size: Any,
+    temperature: Array, seed: Array, choice: Array, position: Array, top_k: Array, top_p: Array,
+    log_min_p: Array, typical_p: Array, token_ids: Array, is_finite: Array,
 ) -> None:  # fmt: skip
     """Choose a token a row; without temperatures, or where one is 0, the first of the best."""
     num_rows = len(token_ids)
-    if num_rows == 1:  # not worth the other threads' waking
+    while True:
+        row = take(counts, 0)
+        if row >= num_rows:
+            break
         _choose_row(
-            logits, np.uintp(0), np.uintp(stride), np.uintp(size), temperature, seed, choice,
+            logits, np.uintp(row), np.uintp(stride), np.uintp(size), temperature, seed, choice,
             position, top_k, top_p, log_min_p, typical_p, token_ids, is_finite,
         )  # fmt: skip
-        return
-    for i in numba.prange(num_rows):
-        _choose_row(
-            logits, np.uintp(i), np.uintp(stride), np.uintp(size), temperature, seed, choice,
-            position, top_k, top_p, log_min_p, typical_p, token_ids, is_finite,
-        )  # fmt: skip
+        finish(counts, 0)
+    wait(counts, 0, num_rows)
 
 
 @_compiled
@@ -486,17 +487,23 @@ def _score_row(
         top_logprobs[at, i] = np.float32(below + highest)
 
 
-@numba.njit(parallel=True, nogil=True, cache=True, boundscheck=False)
+@_kernel
 def _score(
-    logits: Array, stride: Any, size: Any, token_ids: Array, logprobs: Array, top_ids: Array,
-    top_logprobs: Array,
+    thread: Any, num_threads: Any, counts: Array, logits: Array, stride: Any, size: Any,
+    token_ids: Array, logprobs: Array, top_ids: Array, top_logprobs: Array,
 ) -> None:  # fmt: skip
     """Compute the logprob of a token a row, and the highest of that row."""
-    for i in numba.prange(len(token_ids)):
+    num_rows = len(token_ids)
+    while True:
+        row = take(counts, 0)
+        if row >= num_rows:
+            break
         _score_row(
-            logits, np.uintp(i), np.uintp(stride), np.uintp(size), token_ids, logprobs, top_ids,
+            logits, np.uintp(row), np.uintp(stride), np.uintp(size), token_ids, logprobs, top_ids,
             top_logprobs,
         )  # fmt: skip
+        finish(counts, 0)
+    wait(counts, 0, num_rows)
 
 
 _NO_FLOATS, _NO_INTEGERS = np.empty(0), np.empty(0, np.int64)
@@ -521,7 +528,7 @@ def choose(
     if temperature is not None and keys is not None:
         columns = (temperature, keys.seed, keys.choice, keys.position)
         options = (*map(_column, columns), *_filter_options(filters, len(logits)))
-    _choose(*_memory(logits), *options, token_ids, is_finite)
+    _team(len(logits)).run(_choose, counters(1), *_memory(logits), *options, token_ids, is_finite)
     return torch.from_numpy(token_ids), torch.from_numpy(is_finite)
 
 
@@ -533,10 +540,17 @@ def score(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tens
     logprobs = np.empty(len(logits), np.float32)
     top_ids = np.empty((len(logits), num_top), np.int64)
     top_logprobs = np.empty((len(logits), num_top), np.float32)
-    _score(*_memory(logits), token_ids.numpy(), logprobs, top_ids, top_logprobs)
+    _team(len(logits)).run(
+        _score, counters(1), *_memory(logits), token_ids.numpy(), logprobs, top_ids, top_logprobs
+    )
     return (
         torch.from_numpy(logprobs), torch.from_numpy(top_ids), torch.from_numpy(top_logprobs)
     )  # fmt: skip
+
+
+def _team(num_rows: int) -> Team:
+    """A row alone is not worth the other threads' waking."""
+    return team(torch.get_num_threads() if num_rows > 1 else 1)
 
 
 def _filter_options(filters: Filters | None, num_rows: int) -> tuple[Array, Array, Array, Array]:
