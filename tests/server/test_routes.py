@@ -3,13 +3,14 @@
 import re
 from typing import Any
 
+import msgspec
 import pytest
 
 from server.routes import PAGES
 from server.served_model import ServedModel
 from server.service import VERSION
-from tests.server.conftest import Serve
-from tests.server.fakes import FACTS
+from tests.server.conftest import Serve, make_client
+from tests.server.fakes import FACTS, FakeEngine
 from tests.server.test_errors import check_shape
 
 
@@ -207,3 +208,14 @@ def test_a_refused_request_has_a_timeline_too(serve: Serve) -> None:
         timeline = client.get("/v1/requests/refused-1").json()
 
     assert (timeline["outcome"], timeline["status"]) == ("rejected", 400)
+
+
+def test_the_fingerprint_tells_the_precision_of_the_cache(served: ServedModel) -> None:
+    found = set()
+    for kv_cache_dtype in ("float32", "bfloat16", "int8"):
+        with make_client(served) as (_, service):
+            assert isinstance(service.engine, FakeEngine)
+            service.engine.facts = msgspec.structs.replace(FACTS, kv_cache_dtype=kv_cache_dtype)
+            found.add(service.fingerprint())
+
+    assert len(found) == 3
