@@ -142,9 +142,11 @@ class ModelRunner:
         hidden = self._model(model_input.tokens, model_input.positions, attend)  # (N, C)
         result = StepResult(draws=[])
         if batch.sampled_rows:
-            ends = np.cumsum(batch.num_scheduled_tokens) - 1  # the last token of each row
-            last = torch.from_numpy(ends[batch.sampled_rows]).to(hidden.device)
-            result = self._draw(batch, self._head(hidden[last]))
+            found = hidden
+            if len(batch.sampled_rows) != len(hidden):  # in a step that only decodes, all are
+                ends = np.cumsum(batch.num_scheduled_tokens) - 1  # the last token of each row
+                found = hidden[torch.from_numpy(ends[batch.sampled_rows]).to(hidden.device)]
+            result = self._draw(batch, self._head(found))
         self._score_prompts(batch, hidden, result)
         result.kernel_seconds = time.perf_counter() - start
         return Launched(batch, lambda: result, feeds_itself=False)
