@@ -191,13 +191,30 @@ class Engine:
         Raises DoesNotFit if there is no memory for even this.
         """
         # Prompt logprobs, because a request with them leaves no trace in the prefix cache's counts.
-        params = SamplingParams(max_tokens=2, ignore_eos=True, logprobs=0, prompt_logprobs=0)
-        for _, output in self.generate([0, 0], params):
-            if output.error_code == _OUT_OF_MEMORY:
-                raise DoesNotFit(
-                    "Beside the weights and the KV cache the device has no memory left for a step "
-                    "of two tokens: lower kv_cache_bytes or num_blocks, or free memory."
+        params = SamplingParams(
+            max_tokens=3, ignore_eos=True, top_p=0.9, logprobs=0, prompt_logprobs=0
+        )
+        outputs: list[StepOutput | None] = []
+        for _ in range(2):  # the second one's prompt beside a row of the first that decodes
+            seq_id = self._next_seq_id
+            self._next_seq_id += 1
+            self.add(
+                Submit(
+                    request_id=f"warm-up-{seq_id}",
+                    prompt_ids=[0, 0],
+                    choices=[Choice(seq_id=seq_id, index=0)],
+                    params=params,
                 )
+            )
+            outputs.append(self.step())
+        while outputs[-1] is not None:
+            outputs.append(self.step())
+        failures = (token.error_code for output in outputs if output for token in output.outputs)
+        if _OUT_OF_MEMORY in failures:
+            raise DoesNotFit(
+                "Beside the weights and the KV cache the device has no memory left for a step "
+                "of two tokens: lower kv_cache_bytes or num_blocks, or free memory."
+            )
         try:
             self._runner.warm_up()
         except torch.OutOfMemoryError as error:

@@ -37,11 +37,12 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
         weights_id = executor.submit(hash_weights, layout)
         model = load_layout(layout, device=device, dtype=dtype)
         digest = weights_id.result()
+    engine_config = config.engine.for_device(device.type)
     bytes_per_value = dtype.itemsize
     weights_bytes = sum(p.nbytes for p in model.parameters())
     plan = plan_memory(
         layout.config,
-        config.engine,
+        engine_config,
         bytes_per_value=bytes_per_value,
         weights_bytes=weights_bytes,
         available_bytes=_available_bytes(device),
@@ -50,7 +51,7 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
     try:
         engine = Engine(
             model,
-            config.engine,
+            engine_config,
             num_blocks=plan.num_blocks,
             vocab_size=_known_ids(layout),
             eos_token_ids=layout.eos_token_ids,
@@ -102,7 +103,7 @@ def _known_ids(layout: Layout) -> int:
 
 def _choose_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -116,6 +117,9 @@ def _choose_device(name: str) -> torch.device:
             reason=f"There is no CUDA device {device.index or 0} here "
             f"({torch.cuda.device_count()} found); use --device cpu."
         )
+    if device.type == "cuda":
+        # Streams, events and Triton's launches go to the current device, wherever tensors are.
+        torch.cuda.set_device(device.index or 0)
     return device
 
 
@@ -134,7 +138,8 @@ def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float32
     has_bfloat16 = can_fuse(device, torch.bfloat16) or can_pack(device, torch.bfloat16)
     return torch.bfloat16 if has_bfloat16 else torch.float32
 

@@ -40,7 +40,7 @@ def working_bytes(config: GPTConfig, engine: EngineConfig, *, bytes_per_value: i
     scores of every row and head; float32 logits of every sequence, and as much twice again while
     they are filtered.
     """
-    rows = engine.max_num_scheduled_tokens
+    rows = engine.step_tokens
     hidden = rows * (6 * config.n_embd + 2 * config.mlp_width) * bytes_per_value
     scores = 4 * rows * config.n_head * config.n_ctx
     logits = 3 * 4 * engine.max_num_sequences * config.vocab_size

@@ -53,8 +53,13 @@ def serve(
         int, typer.Option(envvar="KVIK_MAX_NUM_SEQUENCES", help="Generations running at once.")
     ] = 256,
     max_num_scheduled_tokens: Annotated[
-        int, typer.Option(envvar="KVIK_MAX_NUM_SCHEDULED_TOKENS", help="Tokens a step computes.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            envvar="KVIK_MAX_NUM_SCHEDULED_TOKENS",
+            help="Tokens a step computes.",
+            show_default="256, on CUDA 2048",
+        ),
+    ] = None,
     block_size: Annotated[
         int, typer.Option(envvar="KVIK_BLOCK_SIZE", help="Tokens a block of the KV cache.")
     ] = 16,

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from engine.attention import PagedAttention
+from engine.batch import ModelInput
 from engine.errors import CacheTooSmall, DoesNotFit, PromptTooLong, TokenOutOfRange
+from engine.kv_cache import KVCache
 from engine.messages import Abort, Choice, Submit
 from engine.sampling_params import SamplingParams
 from model.attention import CausalAttention
+from model.config import GPTConfig
 from model.generate import generate
 from model.gpt import GPT
 from tests.engine.engines import CONFIG, Request, Result, make_engine, random_prompt, run
@@ -513,3 +516,24 @@ def test_an_engine_without_memory_for_a_step_says_so_at_start() -> None:
 def test_this_machine_computes_a_row_alike_in_any_batch() -> None:
     for dtype in DTYPES:
         assert make_engine(dtype=dtype).is_batch_invariant()
+
+
+def test_warming_up_runs_a_prompt_beside_a_row_that_decodes_and_leaves_nothing() -> None:
+    kinds: list[set[bool]] = []
+
+    class Watched(PagedAttention):
+        """Notes of each step whether it has rows of prompts, and rows past them."""
+
+        def __init__(self, config: GPTConfig, cache: KVCache, batch: ModelInput) -> None:
+            super().__init__(config, cache, batch)
+            kinds.append({span.start < span.num_prompt_tokens for span in batch.spans} or {False})
+
+    engine = make_engine(attention=Watched)
+
+    engine.warm_up()
+
+    assert {True, False} in kinds, "its kernels are compiled before anyone waits for them"
+    assert {False} in kinds
+    assert engine.is_idle
+    stats = engine.counts().stats
+    assert (stats.num_prefix_query_tokens, stats.num_prefix_hit_tokens) == (0, 0)

@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("triton", reason="triton comes with torch on CUDA and with the test extra")
 
 ROOT = Path(__file__).parents[2]
-SHARED_BYTES = 232_448  # that a block may have on a Hopper chip
+# Arrays of a value a row or a sequence: where they lie in memory follows from the number of rows.
+LITTLE = {"rows", "positions", "row_sequences", "temperatures", "seeds", "choices", "best"}
 
 
 def test_every_kernel_compiles_for_a_hopper_chip(tmp_path: Path) -> None:
@@ -38,7 +39,9 @@ def test_every_kernel_compiles_for_a_hopper_chip(tmp_path: Path) -> None:
     }
     for kernel in kernels:
         assert kernel["has_code"]
-        assert kernel["shared_bytes"] <= SHARED_BYTES
+        assert kernel["fits"], "into a block's shared memory"
+        # Two programs of one kernel might differ in the last bits of what they compute.
+        assert LITTLE.isdisjoint(kernel["specialised"])
         if kernel["kernel"] in ("_prefill_kernel", "_linear_kernel") and kernel["values"] == "bf16":
             assert kernel["uses_tensor_cores"]
             assert kernel["loads_ahead"]
