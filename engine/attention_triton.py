@@ -23,11 +23,18 @@ PART_TOKENS = 128  # keys of a sequence that decoding takes at once, whatever th
 _MANY_PAIRS = 512
 # Positions of one sequence, and keys, in a tile of prefill. Without tensor cores, which have no
 # float32, large ones do not fit into the registers.
-_PREFILL_TILE = {torch.float32: (16, 32), torch.float16: (64, 64), torch.bfloat16: (64, 64)}
+_PREFILL_TILE = {
+    torch.float32: (16, 32),
+    torch.float16: (64, 64),
+    torch.bfloat16: (64, 64),
+    torch.float8_e4m3fn: (64, 64),  # of a cache; the model's own is bfloat16
+}
 
 
 class TritonPagedAttention:
     """An `Attend` equal to `PagedAttention`, for float32, float16 and bfloat16 and any head size.
+
+    The cache holds the same, or beside bfloat16 8 bits.
 
     A step that only decodes takes one kernel a layer, which also writes the new key and value. The
     keys of a sequence are cut into parts, which are added up in order of position: by the one
@@ -167,8 +174,12 @@ def _write_kernel(
     is_channel = channel < WIDTH
     place = (channel // D) * (BLOCK_SIZE * D) + (position % BLOCK_SIZE) * D + channel % D
     to = block * block_stride + place
-    tl.store(cache_k + to, tl.load(k + row * k_stride + channel, mask=is_channel), mask=is_channel)
-    tl.store(cache_v + to, tl.load(v + row * v_stride + channel, mask=is_channel), mask=is_channel)
+    key = tl.load(k + row * k_stride + channel, mask=is_channel, other=0.0)
+    value = tl.load(v + row * v_stride + channel, mask=is_channel, other=0.0)
+    key = _as_stored(key, cache_k).to(cache_k.dtype.element_ty)
+    value = _as_stored(value, cache_v).to(cache_v.dtype.element_ty)
+    tl.store(cache_k + to, key, mask=is_channel)
+    tl.store(cache_v + to, value, mask=is_channel)
 
 
 @triton.jit
@@ -222,6 +233,26 @@ def _prefill_kernel(
 
 
 @triton.jit
+def _as_stored(values, cache):
+    """Round values to what a cache holds, in float32; in 8 bits what is too large is the largest.
+
+    Rounded here and not by a conversion, whose result Triton 3.6 cannot convert back: its compiler
+    aborts. Also, it then does not matter how a conversion rounds.
+    """
+    if cache.dtype.element_ty == tl.float8e4nv:
+        values = values.to(tl.float32)
+        values = tl.where(values > 448.0, 448.0, values)  # not minimum: NaN must stay NaN
+        values = tl.where(values < -448.0, -448.0, values)
+        # To nearest and even: beside 2^23 eighths of a value's power of two (from 2^-6 on) there
+        # is no place for more than three bits of it.
+        power = (values.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        magic = tl.where(power < 0.015625, 0.015625, power) * (1.5 * 1048576.0)
+        return (values + magic) - magic
+    else:  # noqa: RET505  Triton compiles both otherwise
+        return values.to(cache.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def _part(
     first_key, length, query, table, cache_k, cache_v, head, own_key, own_value, block_stride,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -235,17 +266,17 @@ def _part(
     place = block * block_stride + head * (BLOCK_SIZE * D) + (places % BLOCK_SIZE) * D
     at = place[:, None] + d[None, :]
     is_value = is_seen[:, None] & (d < D)[None, :]
-    keys = tl.load(cache_k + at, mask=is_value, other=0.0)
-    values = tl.load(cache_v + at, mask=is_value, other=0.0)
+    keys = tl.load(cache_k + at, mask=is_value, other=0.0).to(tl.float32)
+    values = tl.load(cache_v + at, mask=is_value, other=0.0).to(tl.float32)
     if ALL_ROWS:
         is_own = (places == length - 1)[:, None]
         keys = tl.where(is_own, own_key[None, :], keys)
         values = tl.where(is_own, own_value[None, :], values)
-    scores = tl.sum(keys.to(tl.float32) * query[None, :], 1)
+    scores = tl.sum(keys * query[None, :], 1)
     scores = tl.where(is_seen, scores, float("-inf"))
     maximum = tl.max(scores, 0)
     weights = tl.exp(scores - maximum)
-    return maximum, tl.sum(weights, 0), tl.sum(weights[:, None] * values.to(tl.float32), 0)
+    return maximum, tl.sum(weights, 0), tl.sum(weights[:, None] * values, 0)
 
 
 @triton.jit
@@ -294,16 +325,18 @@ def _decode_kernel(
     d = tl.arange(0, PADDED_D)
     is_d = d < D
     query = tl.load(q + row * q_stride + head * D + d, mask=is_d, other=0.0).to(tl.float32) * scale
-    own_key = query.to(cache_k.dtype.element_ty)  # of no use but where all rows decode
-    own_value = own_key
+    own_key = query  # of no use but where all rows decode
+    own_value = query
     if ALL_ROWS:
         own_key = tl.load(k + row * k_stride + head * D + d, mask=is_d, other=0.0)
         own_value = tl.load(v + row * v_stride + head * D + d, mask=is_d, other=0.0)
+        own_key = _as_stored(own_key, cache_k)
+        own_value = _as_stored(own_value, cache_v)
         if (position < first_key + PART) | IN_TURN:
             block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
             place = block * block_stride + head * (BLOCK_SIZE * D) + (position % BLOCK_SIZE) * D
-            tl.store(cache_k + place + d, own_key, mask=is_d)
-            tl.store(cache_v + place + d, own_value, mask=is_d)
+            tl.store(cache_k + place + d, own_key.to(cache_k.dtype.element_ty), mask=is_d)
+            tl.store(cache_v + place + d, own_value.to(cache_v.dtype.element_ty), mask=is_d)
 
     maximum, total, mixture = _part(
         first_key, length, query, table, cache_k, cache_v, head, own_key, own_value, block_stride,

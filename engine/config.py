@@ -12,6 +12,9 @@ THREADS_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 # and what an H200 computes in a millisecond.
 _STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 
+# What keys and values may be stored in; which of them where, `engine.loading` knows.
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float8")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -69,6 +72,10 @@ class LaunchConfig:
     model: str  # checkpoint directory
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # auto, float32, bfloat16, int8
+    kv_cache_dtype: str = "auto"  # one of KV_CACHE_DTYPES; auto: what the model computes in
+    # A request gives the same bytes whatever runs beside it. False lets CUDA choose its products
+    # by their shape; a CPU has no use for it.
+    same_bytes: bool = True
     kv_cache_bytes: int | None = None  # None: as memory allows
     num_threads: int | None = None  # of the CPU's products; None: as torch chooses
     engine: EngineConfig = EngineConfig()
@@ -77,6 +84,11 @@ class LaunchConfig:
         if self.dtype not in ("auto", "float32", "bfloat16", "int8"):
             raise ValueError(
                 f"dtype must be one of auto, float32, bfloat16, int8, got {self.dtype!r}"
+            )
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(
+                f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, "
+                f"got {self.kv_cache_dtype!r}"
             )
         for name in ("kv_cache_bytes", "num_threads"):
             value = getattr(self, name)

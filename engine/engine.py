@@ -45,12 +45,16 @@ class Engine:
         use_triton: bool | None = None,
         decode_step: DecodeStepFactory | None = None,
         quantizes: bool = False,
+        cache_dtype: torch.dtype | None = None,
+        same_bytes: bool = True,
     ) -> None:
         """Take over a model in evaluation mode and allocate its cache.
 
         `vocab_size` is the tokenizer's: ids from there on are padding. `weights_id` keys the
-        prefix cache; `quantizes` asks for weights of 8 bits. What may be None is then chosen by
-        the device. Raises CacheTooSmall if `num_blocks` hold less than one context.
+        prefix cache; `quantizes` asks for weights of 8 bits, `cache_dtype` is the model's
+        unless given, and without `same_bytes` CUDA may choose its products by their shape. What
+        else may be None is then chosen by the device. Raises CacheTooSmall if `num_blocks` hold
+        less than one context.
         """
         self.n_ctx = model.config.n_ctx
         self.vocab_size = vocab_size
@@ -71,7 +75,7 @@ class Engine:
                 model.config,
                 num_blocks=num_blocks,
                 block_size=config.block_size,
-                dtype=weight.dtype,
+                dtype=cache_dtype or weight.dtype,
                 device=weight.device,
             ),
             BatchBuilder(
@@ -87,6 +91,7 @@ class Engine:
             use_triton=use_triton,
             decode_step=decode_step,
             quantizes=quantizes,
+            same_bytes=same_bytes,
         )
         self._ahead: Launched | None = None  # a step started before the last one was collected
         self._next_seq_id = 0  # for `generate`

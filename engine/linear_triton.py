@@ -8,12 +8,14 @@ and what comes after the product is done before it is stored.
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
 from engine.triton_operands import operand_type
 from model.config import Activation
+from model.gpt import ACTIVATIONS
 
 _SMALL_SHARED_BYTES = 99 * 1024  # what a block of any chip since Ampere may have
 
@@ -99,6 +101,38 @@ class TritonLinear(nn.Module):
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         return out
+
+
+class LibraryLinear(nn.Module):
+    """The same by the library, cuBLAS: a kernel for each shape, split sums, bytes that vary."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        activation: Activation | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Take what `TritonLinear` takes."""
+        super().__init__()
+        self._weight = weight.detach()
+        self._bias = None if bias is None else bias.detach()
+        self._activation = activation
+        self._out_dtype = out_dtype or weight.dtype
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Map x (N, in) to (N, out), and add a residual (N, out) if there is one."""
+        if self._out_dtype == x.dtype:
+            y = F.linear(x, self._weight, self._bias)
+        elif x.is_cuda:  # only there
+            assert self._bias is None, "a head has none"
+            y = torch.mm(x, self._weight.t(), out_dtype=self._out_dtype)
+        else:
+            y = F.linear(x.to(self._out_dtype), self._weight.to(self._out_dtype))
+        if self._activation is not None:
+            y = ACTIVATIONS[self._activation](y)
+        return y if residual is None else y.add_(residual)
 
 
 # Specialised to the number of rows, it would be another program for one row than for two.

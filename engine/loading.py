@@ -21,6 +21,8 @@ from weights.ledger import available_memory_bytes
 
 logger = logging.getLogger(__name__)
 
+_NAMES = {torch.float8_e4m3fn: "float8"}
+
 
 def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
     """Load a checkpoint, plan the memory, and build the engine and what it says of itself.
@@ -33,6 +35,12 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
     layout = read_layout(Path(config.model))
     device = _choose_device(config.device)
     dtype = _choose_dtype(config.dtype, device)
+    cache_dtype = _choose_cache_dtype(config.kv_cache_dtype, dtype, device)
+    if not config.same_bytes and device.type != "cuda":
+        raise StartRefused(
+            reason="Without same bytes only CUDA is faster; on a CPU nothing would change: leave "
+            "--same-bytes on."
+        )
     with ThreadPoolExecutor(1) as executor:  # hashing lets go of the interpreter lock
         weights_id = executor.submit(hash_weights, layout)
         model = load_layout(layout, device=device, dtype=dtype)
@@ -44,6 +52,7 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
         layout.config,
         engine_config,
         bytes_per_value=bytes_per_value,
+        bytes_per_cached_value=cache_dtype.itemsize,
         weights_bytes=weights_bytes,
         available_bytes=_available_bytes(device),
         kv_cache_bytes=config.kv_cache_bytes,
@@ -57,6 +66,8 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
             eos_token_ids=layout.eos_token_ids,
             weights_id=bytes.fromhex(digest),
             quantizes=config.dtype == "int8",
+            cache_dtype=cache_dtype,
+            same_bytes=config.same_bytes,
         )
     # torch's out-of-memory errors are RuntimeErrors, and mapped memory's OSErrors.
     except (MemoryError, OSError, RuntimeError) as error:
@@ -79,6 +90,8 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
         available_bytes=plan.available_bytes,
         weights_id=digest,
         is_batch_invariant=engine.is_batch_invariant(),
+        kv_cache_dtype=_NAMES.get(cache_dtype, str(cache_dtype).removeprefix("torch.")),
+        same_bytes=config.same_bytes,
     )
     return engine, ready
 
@@ -142,6 +155,23 @@ def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if has_bfloat16 else torch.float32
     has_bfloat16 = can_fuse(device, torch.bfloat16) or can_pack(device, torch.bfloat16)
     return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def _choose_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What keys and values are stored in; `auto` is what the model computes in."""
+    if name == "auto" or name == str(dtype).removeprefix("torch."):
+        return dtype
+    if name != "float8" or device.type != "cuda" or dtype != torch.bfloat16:
+        raise StartRefused(
+            reason=f"kv_cache_dtype {name} does not go with {str(dtype).removeprefix('torch.')} on "
+            f"{device.type}: a cache is as the model computes (auto), or float8 on CUDA in "
+            "bfloat16."
+        )
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        raise StartRefused(
+            reason="kv_cache_dtype float8 needs a GPU of compute capability 8.9 or later; use auto."
+        )
+    return torch.float8_e4m3fn
 
 
 def _available_bytes(device: torch.device) -> int:

@@ -52,17 +52,20 @@ def plan_memory(
     engine: EngineConfig,
     *,
     bytes_per_value: int,
+    bytes_per_cached_value: int | None = None,
     weights_bytes: int,
     available_bytes: int,
     kv_cache_bytes: int | None,
 ) -> MemoryPlan:
-    """Decide how many blocks the KV cache has.
+    """Decide how many blocks the KV cache has, whose values may be smaller than the model's.
 
     As many as `engine.num_blocks` or `kv_cache_bytes` say; without either, enough for
     `max_num_sequences` full contexts, if the share of the free memory that is the cache's allows.
     Raises DoesNotFit where not even one context fits, or what was asked for exceeds what is free.
     """
-    bytes_per_token = 2 * config.n_layer * config.n_embd * bytes_per_value
+    bytes_per_token = (
+        2 * config.n_layer * config.n_embd * (bytes_per_cached_value or bytes_per_value)
+    )
     bytes_per_block = engine.block_size * bytes_per_token
     blocks_per_sequence = -(-config.n_ctx // engine.block_size)
     working = working_bytes(config, engine, bytes_per_value=bytes_per_value)

@@ -104,6 +104,8 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
     available_bytes: int  # was free before the cache
     weights_id: str  # sha256 of what was loaded, in hex
     is_batch_invariant: bool
+    kv_cache_dtype: str = ""
+    same_bytes: bool = True  # were asked for
 
 
 class StartFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -77,12 +77,14 @@ class ModelRunner:
         use_triton: bool | None = None,
         decode_step: DecodeStepFactory | None = None,
         quantizes: bool = False,
+        same_bytes: bool = True,
     ) -> None:
         """Take over a model, whose layers are replaced in place where that pays.
 
         `use_triton`, for the kernels of a GPU, and `decode_step`, for decoding from what lies on
         the device, are what CUDA is for; None leaves them to the device. With `quantizes`
-        the products on a CPU have weights of 8 bits.
+        the products on a CPU have weights of 8 bits. Without `same_bytes` those of
+        the kernels are the library's, which are fast at many rows.
         """
         on_cuda = model.wte.weight.device.type == "cuda"
         if use_triton is None:
@@ -94,7 +96,7 @@ class ModelRunner:
             from engine.draw_triton import draw as draw_by_kernel
 
             draw = draw_by_kernel
-            self._head: nn.Module = fuse(model, vocab_size)
+            self._head: nn.Module = fuse(model, vocab_size, same_bytes=same_bytes)
             attention = attention or TritonPagedAttention
         else:
             self._head = Head(model.wte.weight, vocab_size, norm=model.ln_f, quantizes=quantizes)

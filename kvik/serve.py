@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from kvik.options import STORYTELLER, DeviceOption, DtypeOption, ModelOption
+from kvik.options import (
+    STORYTELLER,
+    DeviceOption,
+    DtypeOption,
+    KVCacheDtypeOption,
+    ModelOption,
+    SameBytesOption,
+)
 from kvik.terminal import fail
 
 
@@ -19,6 +26,8 @@ def serve(
     ] = 8000,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
+    same_bytes: SameBytesOption = True,
     served_model_name: Annotated[
         str | None,
         typer.Option(
@@ -174,6 +183,8 @@ def serve(
             model=str(directory),
             device=device,
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            same_bytes=same_bytes,
             kv_cache_bytes=kv_cache_bytes,
             num_threads=num_threads,
             engine=EngineConfig(
@@ -212,10 +223,12 @@ def serve(
                 f"model    {served.name} on {facts.device} in {facts.dtype}, "
                 f"weights {facts.weights_id[:16]}",
                 f"memory   {format_bytes(facts.available_bytes)} free: KV cache "
-                f"{format_bytes(facts.kv_cache_bytes)} ({facts.num_blocks:,} blocks, "
+                f"{format_bytes(facts.kv_cache_bytes)} in {facts.kv_cache_dtype} "
+                f"({facts.num_blocks:,} blocks, "
                 f"{cache_tokens:,} tokens, {cache_tokens // served.n_ctx:,} contexts of "
                 f"{served.n_ctx}), a step {format_bytes(facts.working_bytes)}; "
                 f"weights {format_bytes(facts.weights_bytes)}",
+                *([] if facts.same_bytes else ["bytes    may vary with what else runs"]),
                 f"address  {address}",
                 "try it   "
                 f"curl -N {address}/v1/completions{key} -H 'Content-Type: application/json' "

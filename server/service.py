@@ -223,6 +223,8 @@ class Service:
                 facts.device,
                 facts.dtype,
                 str(facts.is_batch_invariant),
+                facts.kv_cache_dtype,
+                str(facts.same_bytes),
             )
             digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
             self._fingerprint = f"fp_{digest[:16]}"

@@ -41,6 +41,7 @@ def compile_kernel(
     values: str,
     constants: dict[str, Any],
     *,
+    cache: str | None = None,
     allowed_bytes: int = _HOPPER_SHARED_BYTES,
     **options: Any,
 ) -> None:
@@ -54,7 +55,8 @@ def compile_kernel(
         elif name.endswith("_stride"):
             signature[name] = "i32"
         else:
-            signature[name] = types.get(name, f"*{values}")
+            is_cached = cache is not None and name.startswith("cache_")
+            signature[name] = types.get(name, f"*{cache if is_cached else values}")
         # As a launch finds it out: addresses and strides are multiples of 16.
         if signature[name].startswith("*") or name.endswith("_stride"):
             hints[(place,)] = [["tt.divisibility", 16]]
@@ -88,14 +90,21 @@ def main() -> None:
     write = {"WIDTH": 768, "PADDED_WIDTH": 1024, "D": 64, "BLOCK_SIZE": 16}
     norm = {"WIDTH": 768, "PADDED_WIDTH": 1024}
     compile_kernel(_write_kernel, "bf16", write)
+    compile_kernel(_write_kernel, "bf16", write, cache="fp8e4nv")
     compile_kernel(_layer_norm_kernel, "bf16", norm)
     compile_kernel(_draw_kernel, "fp32", {"IDS": 1024, "NO_CHANCE": -19.5}, num_warps=4)
     for all_rows in (True, False):
         for in_turn in (True, False):
             decode = {**_HEADS, "PART": PART_TOKENS, "ALL_ROWS": all_rows, "IN_TURN": in_turn}
-            compile_kernel(_decode_kernel, "bf16", decode, num_warps=4, enable_fp_fusion=False)
+            for cache in ("bf16", "fp8e4nv"):
+                compile_kernel(
+                    _decode_kernel, "bf16", decode, cache=cache, num_warps=4, enable_fp_fusion=False
+                )
     tile = {"QUERIES": 64, "KEYS": 64, "OPERAND": tl.bfloat16}
-    compile_kernel(_prefill_kernel, "bf16", {**_HEADS, **tile}, num_warps=4, num_stages=2)
+    for cache in ("bf16", "fp8e4nv"):
+        compile_kernel(
+            _prefill_kernel, "bf16", {**_HEADS, **tile}, cache=cache, num_warps=4, num_stages=2
+        )
     tile = {"QUERIES": 16, "KEYS": 32, "OPERAND": tl.float32}
     compile_kernel(_prefill_kernel, "fp32", {**_HEADS, **tile}, num_warps=4, num_stages=1)
     products: list[tuple[int, int, dict[str, Any]]] = [

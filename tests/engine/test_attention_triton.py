@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.attention import PagedAttention
 from engine.batch import ModelInput, Span
-from engine.kv_cache import KVCache
+from engine.kv_cache import LARGEST_FLOAT8, KVCache
 from model.config import GPTConfig
 
 pytest.importorskip("triton", reason="triton comes with torch on CUDA and with the test extra")
@@ -45,8 +45,8 @@ def make_cache(
     cache = KVCache(
         config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=DEVICE
     )
-    cache.k.copy_(torch.randn(cache.k.shape))
-    cache.v.copy_(torch.randn(cache.v.shape))
+    cache.k.copy_(torch.randn(cache.k.shape).to(dtype))
+    cache.v.copy_(torch.randn(cache.v.shape).to(dtype))
     return cache
 
 
@@ -142,6 +142,28 @@ def test_kernels_equal_the_reference(spans: list[tuple[int, int, int]], dtype: t
     assert torch.equal(cache.v, twin.v)
 
 
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS.keys())
+def test_a_cache_of_8_bits_is_read_and_written_as_the_reference_does(
+    spans: list[tuple[int, int, int]],
+) -> None:
+    torch.manual_seed(0)
+    config = make_config()
+    cache = make_cache(config, dtype=torch.float8_e4m3fn)
+    twin = copy_of(cache, config)
+    batch = make_input(cache, spans, n_ctx=config.n_ctx)
+    q, k, v = qkv(config, len(batch.positions), torch.bfloat16)
+    v[0] = 1000.0  # as the largest there is
+
+    ours = TritonPagedAttention(config, cache, batch)(0, q, k, v)
+    theirs = PagedAttention(config, twin, batch)(0, q, k, v)
+
+    tolerance = TOLERANCE[torch.bfloat16]
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert torch.equal(cache.k.float(), twin.k.float())
+    assert torch.equal(cache.v.float(), twin.v.float())
+    assert cache.v.float().max() == LARGEST_FLOAT8
+
+
 @pytest.mark.parametrize("prompt", [ALL_PREFILL, ALL_DECODE])
 @pytest.mark.parametrize(
     ("n_head", "head_size", "block_size"),
@@ -182,14 +204,14 @@ def test_decoding_adds_up_the_parts_of_a_long_sequence(length: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_a_decode_row_has_the_same_bytes_alone_and_among_others(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     config = make_config(n_ctx=3 * PART_TOKENS)
     cache = make_cache(config, dtype=dtype)
     # Beside a prompt the keys are written first, alone they are taken as they come.
     batch = make_input(cache, [(300, 301, 4), (7, 9, 90), (64, 65, 3)], n_ctx=config.n_ctx)
-    q, k, v = qkv(config, 4, dtype)
+    q, k, v = qkv(config, 4, torch.bfloat16 if dtype.itemsize == 1 else dtype)
     together = TritonPagedAttention(config, copy_of(cache, config), batch)(0, q, k, v)
 
     for row in (0, 3):
@@ -262,10 +284,23 @@ def test_a_completion_computed_again_has_the_bytes_it_was_decoded_with() -> None
 
 
 @pytest.mark.parametrize("prompt", [ALL_PREFILL, ALL_DECODE])
-def test_a_broken_key_breaks_its_own_sequence_and_no_other(prompt: int) -> None:
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        pytest.param(
+            torch.float8_e4m3fn,
+            marks=pytest.mark.skipif(
+                DEVICE == "cpu", reason="the interpreter knows no NaN of 8 bits"
+            ),
+        ),
+    ],
+    ids=str,
+)
+def test_a_broken_key_breaks_its_own_sequence_and_no_other(dtype: torch.dtype, prompt: int) -> None:
     torch.manual_seed(0)
     config = make_config()
-    cache = make_cache(config, dtype=torch.float32)
+    cache = make_cache(config, dtype=dtype)
     batch = make_input(cache, [(0, 10, prompt), (0, 10, prompt)], n_ctx=config.n_ctx)
     q, k, v = qkv(config, 20, torch.float32)
     healthy = TritonPagedAttention(config, cache, batch)(0, q, k, v)

@@ -53,6 +53,21 @@ def test_an_explicit_size_is_taken_as_it_is() -> None:
     assert in_bytes.num_full_sequences == 4
 
 
+def test_a_cache_of_smaller_values_holds_more_of_them() -> None:
+    def blocks(bytes_per_cached_value: int | None) -> int:
+        return plan_memory(
+            GPT2,
+            EngineConfig(),
+            bytes_per_value=2,
+            bytes_per_cached_value=bytes_per_cached_value,
+            weights_bytes=250_000_000,
+            available_bytes=100 * GB,
+            kv_cache_bytes=300 * BLOCK_BYTES,
+        ).num_blocks
+
+    assert (blocks(None), blocks(2), blocks(1)) == (300, 300, 600)
+
+
 def test_room_for_less_than_one_context_is_refused_with_the_number_needed() -> None:
     with pytest.raises(DoesNotFit, match=r"raise num_blocks to 65 or kv_cache_bytes to 38338560"):
         plan(100 * GB, engine=EngineConfig(num_blocks=64))
