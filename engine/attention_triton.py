@@ -248,7 +248,7 @@ def _as_stored(values, cache):
         power = (values.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         magic = tl.where(power < 0.015625, 0.015625, power) * (1.5 * 1048576.0)
         return (values + magic) - magic
-    else:  # noqa: RET505  Triton compiles both otherwise
+    else:
         return values.to(cache.dtype.element_ty).to(tl.float32)
 
 
