@@ -75,7 +75,15 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
             f"The KV cache of {plan.kv_cache_bytes / 1e6:.0f} MB could not be allocated "
             f"({error}): lower kv_cache_bytes or num_blocks."
         ) from error
-    engine.warm_up()
+    try:
+        engine.warm_up()
+    except RuntimeError as error:
+        if "C compiler" not in str(error):
+            raise
+        raise StartRefused(
+            reason="On CUDA kernels are compiled at start, for which Triton needs gcc or clang: "
+            "install one, or name it in CC."
+        ) from error
     ready = Ready(
         pid=os.getpid(),
         device=str(device),

@@ -5,6 +5,7 @@ for each kernel what the compiler made of it.
 """
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -34,6 +35,14 @@ _DRAW = {
 _HOPPER_SHARED_BYTES = 232_448
 _SMALL_SHARED_BYTES = 101_376  # a GeForce's
 _HEADS = {"D": 64, "PADDED_D": 64, "BLOCK_SIZE": 16}
+
+
+def reductions(code: str) -> list[str]:
+    """How sums and maxima are spread over threads, from which the order of a sum follows."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", code, re.MULTILINE))
+    operands = re.findall(r"\}\) : \((tensor<[^)]*)\) ->", code)
+    spelled = (re.sub(r"#\w+", lambda m: layouts.get(m[0], m[0]), one) for one in operands)
+    return sorted(set(spelled))
 
 
 def compile_kernel(
@@ -75,6 +84,9 @@ def compile_kernel(
         "loads_ahead": "cp.async" in ptx,
         "fits": compiled.metadata.shared <= allowed_bytes,
         "has_code": len(compiled.asm["cubin"]) > 0,
+        "values_in_cache": cache or values,
+        "fuses": "fma.rn.f32" in ptx,
+        "reductions": reductions(compiled.asm["ttgir"]),
         # Where another address of these means another program.
         "specialised": [
             parameter.name
@@ -121,7 +133,10 @@ def main() -> None:
         ("fp32", tl.float32, 4, _SMALL_SHARED_BYTES),
     )
     for values, operand, size, shared_bytes in chips:
-        for num_out, num_in, changes in products:
+        # Other chips and precisions have tiles of their own for three kinds of weights.
+        is_hopper = shared_bytes == _HOPPER_SHARED_BYTES
+        some = products if is_hopper else [products[0], products[1], products[-1]]
+        for num_out, num_in, changes in some:
             shape = tile_of(num_out, num_in, bytes_per_value=size, shared_bytes=shared_bytes)
             linear = {
                 "IN": num_in, "ROWS": shape.rows, "OUTS": shape.outs, "INS": shape.ins,
