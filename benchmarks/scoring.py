@@ -52,7 +52,7 @@ def measure_prompts(
 
 def measure_head(head: Head, hidden: torch.Tensor) -> float:
     """Seconds that the logits of all rows (N, C) take, in as many products as steps would make."""
-    most = EngineConfig().max_num_scheduled_tokens
+    most = EngineConfig().step_tokens
     start = time.perf_counter()
     with torch.inference_mode():
         for first in range(0, len(hidden), most):

@@ -31,8 +31,7 @@ class PagedAttention:
         cache, batch = self._cache, self._batch
         cache.write(layer, batch.slot_blocks, batch.slot_offsets, k, v)
         # (N, blocks, H, block_size, D) -> (N, H, L, D)
-        keys = cache.k[layer][self._tables].transpose(1, 2).flatten(2, 3).float()
-        values = cache.v[layer][self._tables].transpose(1, 2).flatten(2, 3).float()
+        keys, values = (t.transpose(1, 2).flatten(2, 3) for t in cache.read(layer, self._tables))
         scores = torch.einsum("nhd,nhld->nhl", q.float(), keys) * self._scales[layer]
         scores = scores.masked_fill(~self._visible[:, None], -torch.inf)
         return torch.einsum("nhl,nhld->nhd", scores.softmax(-1), values).to(q.dtype)

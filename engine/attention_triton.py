@@ -17,21 +17,31 @@ from engine.kv_cache import KVCache
 from engine.triton_operands import operand_type
 from model.config import GPTConfig
 
-SPLIT_TOKENS = 256  # keys of a sequence that one program of decoding takes, whatever the batch
-_DECODE_KEYS = 32  # in a tile of decoding; divides SPLIT_TOKENS
+PART_TOKENS = 128  # keys of a sequence that decoding takes at once, whatever the batch
+# From so many pairs of row and head on, each has one program, which takes its parts in turn; fewer
+# would leave multiprocessors idle, so there every part has its own. The bits are the same.
+_MANY_PAIRS = 512
 # Positions of one sequence, and keys, in a tile of prefill. Without tensor cores, which have no
 # float32, large ones do not fit into the registers.
-_PREFILL_TILE = {torch.float32: (16, 32), torch.float16: (64, 64), torch.bfloat16: (64, 64)}
+_PREFILL_TILE = {
+    torch.float32: (16, 32),
+    torch.float16: (64, 64),
+    torch.bfloat16: (64, 64),
+    torch.float8_e4m3fn: (64, 64),  # of a cache; the model's own is bfloat16
+}
 
 
 class TritonPagedAttention:
     """An `Attend` equal to `PagedAttention`, for float32, float16 and bfloat16 and any head size.
 
-    A step that only decodes takes one kernel a layer: the keys of a sequence are split among
-    programs, which writes the new key and value, and whose last to end adds the parts up in order
-    of position (split keys: Dao et al., 2023, "Flash-Decoding"). Otherwise K and V of all rows
-    are written first, then prefill and decode rows read them, a kernel each. Prefill is tiled as
-    in FlashAttention-2 (Dao, 2023, arXiv:2307.08691).
+    The cache holds the same, or beside bfloat16 8 bits.
+
+    A step that only decodes takes one kernel a layer, which also writes the new key and value. The
+    keys of a sequence are cut into parts, which are added up in order of position: by the one
+    program that takes them in turn or, where each part has its own, by the last of these to end
+    (split keys: Dao et al., 2023, "Flash-Decoding"). Otherwise K and V of all rows are written
+    first, then prefill and decode rows read them, a kernel each. Prefill is tiled as in
+    FlashAttention-2 (Dao, 2023, arXiv:2307.08691).
     """
 
     def __init__(self, config: GPTConfig, cache: KVCache, batch: ModelInput) -> None:
@@ -56,10 +66,14 @@ class TritonPagedAttention:
             num_rows = len(rows)
         self._num_decode_rows = num_rows
         length = batch.block_tables.shape[1] * cache.block_size
-        self._num_splits = -(-length // SPLIT_TOKENS)
+        is_many = num_rows * config.n_head >= _MANY_PAIRS
+        self._num_programs = 1 if is_many else -(-length // PART_TOKENS)  # of a pair
         # Scratch of the decode rows: sums, maxima and mixtures of the parts, and how many are in.
-        parts = (num_rows, config.n_head, self._num_splits)
+        parts = (num_rows, config.n_head, self._num_programs)
         self._padded_size = max(16, triton.next_power_of_2(config.head_size))
+        # A thread holds 32 registers of keys, and as many of values.
+        num_bytes = PART_TOKENS * self._padded_size * cache.k.itemsize
+        self._num_warps = min(16, max(4, num_bytes // (32 * 32 * 4)))
         self._mixtures = torch.empty(*parts, self._padded_size, device=device)
         self._maxima = torch.empty(parts, device=device)
         self._totals = torch.empty(parts, device=device)
@@ -104,7 +118,7 @@ class TritonPagedAttention:
 
     def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         cache, batch = self._cache, self._batch
-        _decode_kernel[(self._num_decode_rows, self._n_head, self._num_splits)](
+        _decode_kernel[(self._num_decode_rows, self._n_head, self._num_programs)](
             q, k, v, out, cache.k[layer], cache.v[layer],
             # Unused where every row decodes, but a pointer all the same.
             batch.positions if self._rows is None else self._rows,
@@ -114,8 +128,10 @@ class TritonPagedAttention:
             q.stride(0), k.stride(0), v.stride(0), out.stride(0),
             batch.block_tables.stride(0), cache.k.stride(1),
             D=self._head_size, PADDED_D=self._padded_size, BLOCK_SIZE=cache.block_size,
-            SPLIT=SPLIT_TOKENS, KEYS=_DECODE_KEYS, ALL_ROWS=self._is_decode,
-            num_warps=4, num_stages=2,
+            PART=PART_TOKENS, ALL_ROWS=self._is_decode, IN_TURN=self._num_programs == 1,
+            # Without fused multiplication and addition: where a compiler fuses is its own affair,
+            # and the variants of this kernel must give the same bits.
+            num_warps=self._num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -143,7 +159,7 @@ def _classes(batch: ModelInput, num_queries: int) -> tuple[np.ndarray, np.ndarra
     return np.array(tiles, np.int32).reshape(-1, 5), np.array(rows, np.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "row_sequences"])
 def _write_kernel(
     k, v, cache_k, cache_v, positions, row_sequences, tables,
     k_stride, v_stride, table_stride, block_stride,
@@ -158,8 +174,12 @@ def _write_kernel(
     is_channel = channel < WIDTH
     place = (channel // D) * (BLOCK_SIZE * D) + (position % BLOCK_SIZE) * D + channel % D
     to = block * block_stride + place
-    tl.store(cache_k + to, tl.load(k + row * k_stride + channel, mask=is_channel), mask=is_channel)
-    tl.store(cache_v + to, tl.load(v + row * v_stride + channel, mask=is_channel), mask=is_channel)
+    key = tl.load(k + row * k_stride + channel, mask=is_channel, other=0.0)
+    value = tl.load(v + row * v_stride + channel, mask=is_channel, other=0.0)
+    key = _as_stored(key, cache_k).to(cache_k.dtype.element_ty)
+    value = _as_stored(value, cache_v).to(cache_v.dtype.element_ty)
+    tl.store(cache_k + to, key, mask=is_channel)
+    tl.store(cache_v + to, value, mask=is_channel)
 
 
 @triton.jit
@@ -213,6 +233,68 @@ def _prefill_kernel(
 
 
 @triton.jit
+def _as_stored(values, cache):
+    """Round values to what a cache holds, in float32; in 8 bits what is too large is the largest.
+
+    Rounded here and not by a conversion, whose result Triton 3.6 cannot convert back: its compiler
+    aborts. Also, it then does not matter how a conversion rounds.
+    """
+    if cache.dtype.element_ty == tl.float8e4nv:
+        values = values.to(tl.float32)
+        values = tl.where(values > 448.0, 448.0, values)  # not minimum: NaN must stay NaN
+        values = tl.where(values < -448.0, -448.0, values)
+        # To nearest and even: beside 2^23 eighths of a value's power of two (from 2^-6 on) there
+        # is no place for more than three bits of it.
+        power = (values.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        magic = tl.where(power < 0.015625, 0.015625, power) * (1.5 * 1048576.0)
+        return (values + magic) - magic
+    else:
+        return values.to(cache.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _part(
+    first_key, length, query, table, cache_k, cache_v, head, own_key, own_value, block_stride,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PART: tl.constexpr, ALL_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Attend to the keys of one part: maximum of the scores, sum and mixture of the weights."""
+    d = tl.arange(0, PADDED_D)
+    places = first_key + tl.arange(0, PART)
+    is_seen = places < length
+    block = tl.load(table + places // BLOCK_SIZE, mask=is_seen, other=0).to(tl.int64)
+    place = block * block_stride + head * (BLOCK_SIZE * D) + (places % BLOCK_SIZE) * D
+    at = place[:, None] + d[None, :]
+    is_value = is_seen[:, None] & (d < D)[None, :]
+    keys = tl.load(cache_k + at, mask=is_value, other=0.0).to(tl.float32)
+    values = tl.load(cache_v + at, mask=is_value, other=0.0).to(tl.float32)
+    if ALL_ROWS:
+        is_own = (places == length - 1)[:, None]
+        keys = tl.where(is_own, own_key[None, :], keys)
+        values = tl.where(is_own, own_value[None, :], values)
+    scores = tl.sum(keys * query[None, :], 1)
+    scores = tl.where(is_seen, scores, float("-inf"))
+    maximum = tl.max(scores, 0)
+    weights = tl.exp(scores - maximum)
+    return maximum, tl.sum(weights, 0), tl.sum(weights[:, None] * values, 0)
+
+
+@triton.jit
+def _add_part(maximum, total, mixture, other_maximum, other_total, other_mixture):
+    """Add a part to the sum of those before it."""
+    new_maximum = tl.maximum(maximum, other_maximum)
+    factor = tl.exp(maximum - new_maximum)
+    other_factor = tl.exp(other_maximum - new_maximum)
+    return (
+        new_maximum,
+        total * factor + other_total * other_factor,
+        mixture * factor + other_mixture * other_factor,
+    )
+
+
+# An address of the little arrays may be a multiple of 16 or not, as the number of rows has it:
+# specialised to that, it would be another program for one row than for two.
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions", "row_sequences"])
 def _decode_kernel(
     q, k, v, out, cache_k, cache_v,
     rows, positions, row_sequences, tables,
@@ -220,92 +302,83 @@ def _decode_kernel(
     q_stride, k_stride, v_stride, out_stride,
     table_stride, block_stride,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SPLIT: tl.constexpr, KEYS: tl.constexpr, ALL_ROWS: tl.constexpr,
+    PART: tl.constexpr, ALL_ROWS: tl.constexpr, IN_TURN: tl.constexpr,
 ):  # fmt: skip
-    """Attend for one row in one head to one split of its keys.
+    """Attend for one row in one head: to all its keys, part by part, or to those of one part.
 
-    With ALL_ROWS each row is alone in its sequence: the program whose split ends with the row's
-    own key stores it, and takes it as it came, since none may count on another's store. The bits
-    are those that the cache gets.
+    With ALL_ROWS each row is alone in its sequence: the program that sees the row's own key stores
+    it, and takes it as it came, since none may count on another's store. The bits are those that
+    the cache gets.
     """
     index = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    split = tl.program_id(2)
     row = index
     if not ALL_ROWS:
         row = tl.load(rows + index).to(tl.int64)
     position = tl.load(positions + row).to(tl.int32)
     length = position + 1
-    if split * SPLIT >= length:
+    first_key = tl.program_id(2) * PART
+    if first_key >= length:
         return
     table = tables + tl.load(row_sequences + row).to(tl.int64) * table_stride
 
     d = tl.arange(0, PADDED_D)
     is_d = d < D
     query = tl.load(q + row * q_stride + head * D + d, mask=is_d, other=0.0).to(tl.float32) * scale
-    is_last = length <= (split + 1) * SPLIT
+    own_key = query  # of no use but where all rows decode
+    own_value = query
     if ALL_ROWS:
         own_key = tl.load(k + row * k_stride + head * D + d, mask=is_d, other=0.0)
         own_value = tl.load(v + row * v_stride + head * D + d, mask=is_d, other=0.0)
-        if is_last:
+        own_key = _as_stored(own_key, cache_k)
+        own_value = _as_stored(own_value, cache_v)
+        if (position < first_key + PART) | IN_TURN:
             block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
             place = block * block_stride + head * (BLOCK_SIZE * D) + (position % BLOCK_SIZE) * D
-            tl.store(cache_k + place + d, own_key, mask=is_d)
-            tl.store(cache_v + place + d, own_value, mask=is_d)
+            tl.store(cache_k + place + d, own_key.to(cache_k.dtype.element_ty), mask=is_d)
+            tl.store(cache_v + place + d, own_value.to(cache_v.dtype.element_ty), mask=is_d)
 
-    maximum = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    mixture = tl.zeros((PADDED_D,), tl.float32)
-    for first_key in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, length), KEYS):
-        places = first_key + tl.arange(0, KEYS)
-        is_seen = places < length
-        block = tl.load(table + places // BLOCK_SIZE, mask=is_seen, other=0).to(tl.int64)
-        place = block * block_stride + head * (BLOCK_SIZE * D) + (places % BLOCK_SIZE) * D
-        at = place[:, None] + d[None, :]
-        is_value = is_seen[:, None] & is_d[None, :]
-        keys = tl.load(cache_k + at, mask=is_value, other=0.0).to(tl.float32)
-        values = tl.load(cache_v + at, mask=is_value, other=0.0).to(tl.float32)
-        if ALL_ROWS:
-            is_own = (places == position)[:, None]
-            keys = tl.where(is_own, own_key.to(tl.float32)[None, :], keys)
-            values = tl.where(is_own, own_value.to(tl.float32)[None, :], values)
-        scores = tl.where(is_seen, tl.sum(keys * query[None, :], 1), float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 0))
-        factor = tl.exp(maximum - new_maximum)
-        weights = tl.exp(scores - new_maximum)
-        total = total * factor + tl.sum(weights, 0)
-        mixture = mixture * factor + tl.sum(weights[:, None] * values, 0)
-        maximum = new_maximum
-
+    maximum, total, mixture = _part(
+        first_key, length, query, table, cache_k, cache_v, head, own_key, own_value, block_stride,
+        D, PADDED_D, BLOCK_SIZE, PART, ALL_ROWS,
+    )  # fmt: skip
     to = out + row * out_stride + head * D + d
-    if is_last & (split == 0):  # the only part
+    if IN_TURN:
+        for first in range(PART, length, PART):
+            other_maximum, other_total, other_mixture = _part(
+                first, length, query, table, cache_k, cache_v, head, own_key, own_value,
+                block_stride, D, PADDED_D, BLOCK_SIZE, PART, ALL_ROWS,
+            )  # fmt: skip
+            maximum, total, mixture = _add_part(
+                maximum, total, mixture, other_maximum, other_total, other_mixture
+            )
+        tl.store(to, (mixture / total).to(out.dtype.element_ty), mask=is_d)
+    elif length <= PART:  # the only part
         tl.store(to, (mixture / total).to(out.dtype.element_ty), mask=is_d)
     else:
         pair = index * tl.num_programs(1) + head
-        part = pair * tl.num_programs(2) + split
+        part = pair * tl.num_programs(2) + tl.program_id(2)
         tl.store(mixtures + part * PADDED_D + d, mixture)
         tl.store(maxima + part, maximum)
         tl.store(totals + part, total)
         # All threads' stores come before the count, and the count before the loads of the last one.
         tl.debug_barrier()
-        num_parts = tl.cdiv(length, SPLIT)
+        num_parts = tl.cdiv(length, PART)
         if tl.atomic_add(num_done + pair, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
             tl.debug_barrier()
-            first_part = pair * tl.num_programs(2)
-            maximum = tl.full((), float("-inf"), tl.float32)
-            total = tl.zeros((), tl.float32)
-            mixture = tl.zeros((PADDED_D,), tl.float32)
-            for other in range(0, num_parts):  # noqa: PIE808  Triton wants both ends
-                at = first_part + other
-                # .cg: from the cache that all multiprocessors share.
-                other_maximum = tl.load(maxima + at, cache_modifier=".cg")
-                other_total = tl.load(totals + at, cache_modifier=".cg")
-                other_mixture = tl.load(mixtures + at * PADDED_D + d, cache_modifier=".cg")
-                new_maximum = tl.maximum(maximum, other_maximum)
-                factor = tl.exp(maximum - new_maximum)
-                other_factor = tl.exp(other_maximum - new_maximum)
-                total = total * factor + other_total * other_factor
-                mixture = mixture * factor + other_mixture * other_factor
-                maximum = new_maximum
+            # .cg: from the cache that all multiprocessors share.
+            at = pair * tl.num_programs(2)
+            maximum = tl.load(maxima + at, cache_modifier=".cg")
+            total = tl.load(totals + at, cache_modifier=".cg")
+            mixture = tl.load(mixtures + at * PADDED_D + d, cache_modifier=".cg")
+            for other in range(1, num_parts):
+                other_maximum = tl.load(maxima + at + other, cache_modifier=".cg")
+                other_total = tl.load(totals + at + other, cache_modifier=".cg")
+                other_mixture = tl.load(
+                    mixtures + (at + other) * PADDED_D + d, cache_modifier=".cg"
+                )
+                maximum, total, mixture = _add_part(
+                    maximum, total, mixture, other_maximum, other_total, other_mixture
+                )
             tl.store(to, (mixture / total).to(out.dtype.element_ty), mask=is_d)
             tl.store(num_done + pair, 0)  # for the next layer

@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from engine.linear_triton import TritonLinear
+from engine.linear_triton import LibraryLinear, TritonLinear
 from model.attention import Attend
 from model.config import Activation
 from model.gpt import GPT, Block
+
+Product = TritonLinear | LibraryLinear
 
 
 class TritonLayerNorm(nn.Module):
@@ -63,15 +65,20 @@ def _layer_norm_kernel(
 class TritonBlock(nn.Module):
     """A `Block` of flat rows."""
 
-    def __init__(self, block: Block, activation: Activation) -> None:
+    def __init__(
+        self,
+        block: Block,
+        activation: Activation,
+        product: type[TritonLinear] | type[LibraryLinear],
+    ) -> None:
         super().__init__()
         attention, mlp = block.attn, block.mlp
         self._layer, self._n_head = attention.layer, attention.n_head
         self._ln_1, self._ln_2 = TritonLayerNorm(block.ln_1), TritonLayerNorm(block.ln_2)
-        self._c_attn = TritonLinear(attention.c_attn.weight, attention.c_attn.bias)
-        self._c_proj = TritonLinear(attention.c_proj.weight, attention.c_proj.bias)
-        self._c_fc = TritonLinear(mlp.c_fc.weight, mlp.c_fc.bias, activation=activation)
-        self._mlp_c_proj = TritonLinear(mlp.c_proj.weight, mlp.c_proj.bias)
+        self._c_attn = product(attention.c_attn.weight, attention.c_attn.bias)
+        self._c_proj = product(attention.c_proj.weight, attention.c_proj.bias)
+        self._c_fc = product(mlp.c_fc.weight, mlp.c_fc.bias, activation=activation)
+        self._mlp_c_proj = product(mlp.c_proj.weight, mlp.c_proj.bias)
 
     @property
     def products(self) -> tuple[Callable[[Tensor], Tensor], ...]:
@@ -87,13 +94,17 @@ class TritonBlock(nn.Module):
         return y
 
 
-def fuse(model: GPT, vocab_size: int) -> TritonLinear:
+def fuse(model: GPT, vocab_size: int, *, same_bytes: bool = True) -> Product:
     """Replace the layers of a GPT in place; returns its head: hidden states to float32 logits.
 
+    Without `same_bytes` the products are the library's, which chooses its kernels by the shape.
     The head's products are those of float32: two 16-bit numbers multiply without rounding.
     """
+    product: type[TritonLinear] | type[LibraryLinear] = (
+        TritonLinear if same_bytes else LibraryLinear
+    )
     for index, block in enumerate(model.h):
         assert isinstance(block, Block)
-        model.h[index] = TritonBlock(block, model.config.activation)
+        model.h[index] = TritonBlock(block, model.config.activation, product)
     setattr(model, "ln_f", TritonLayerNorm(model.ln_f))  # noqa: B010  its declared type is the plain one
-    return TritonLinear(model.wte.weight[:vocab_size], None, out_dtype=torch.float32)
+    return product(model.wte.weight[:vocab_size], None, out_dtype=torch.float32)

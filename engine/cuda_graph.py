@@ -214,6 +214,7 @@ class DecodeLoop:
         self._slots: list[int] = []
         self._sampling = Sampling.GREEDY
         self._steps: dict[tuple[int, Sampling], Callable[[], Tensor]] = {}
+        self._stream: torch.cuda.Stream | None = None  # on which steps are recorded
         self._first_graph: torch.cuda.CUDAGraph | None = None  # whose memory the others share
         self._logits: Tensor | None = None  # where graphs leave them, one after the other
 
@@ -258,6 +259,8 @@ class DecodeLoop:
         for sampling in reversed(Sampling):
             for bucket in reversed(self.buckets):
                 self._callable(bucket, sampling)
+        if self._stream is not None:
+            torch.cuda.empty_cache()  # what the trials before the recordings took
         return len(self._steps)
 
     def read(self, token_ids: Tensor) -> Callable[[], list[int]]:
@@ -315,21 +318,30 @@ class DecodeLoop:
         return self._capture(run)
 
     def _capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Record a step; while that lasts, all its slots are padding."""
+        """Record a step; while that lasts, all its slots are padding.
+
+        Begins and ends the capture itself: `torch.cuda.graph` waits for the device and gives all
+        cached memory back before each one, and leaves its stream current where the end raises.
+        """
         slots = self._slots
         self._step.choose_slots(np.array([], np.int64))
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles kernels, fills cuBLAS's workspaces
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         # One pool: a graph's temporaries may lie where another's do, since none run at a time.
         pool = None if self._first_graph is None else self._first_graph.pool()
-        with torch.cuda.graph(graph, pool=pool):
-            result = run()
-            if result.is_floating_point():
-                result = self._keep(result)
+        with torch.cuda.stream(self._stream):
+            run()  # compiles kernels, loads modules, fills cuBLAS's workspaces
+            # Whatever other threads do with the device is no part of it, and no fault.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                result = run()
+                if result.is_floating_point():
+                    result = self._keep(result)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
         self._first_graph = self._first_graph or graph
         self._step.choose_slots(np.array(slots, np.int64))
 

@@ -32,7 +32,10 @@ def draw(logits: Tensor, temperature: Tensor, keys: NoiseKeys) -> Tensor:
     return ids.gather(1, peaks.argmax(-1, keepdim=True))[:, 0]
 
 
-@triton.jit
+# Specialised to the addresses of the keys, it would be another program for one row than for two.
+@triton.jit(
+    do_not_specialize_on_alignment=["temperatures", "seeds", "choices", "positions", "best"]
+)
 def _draw_kernel(
     logits, best, temperatures, seeds, choices, positions, peaks, ids, num_ids, logits_stride,
     IDS: tl.constexpr, NO_CHANCE: tl.constexpr,

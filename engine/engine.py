@@ -46,13 +46,15 @@ class Engine:
         decode_step: DecodeStepFactory | None = None,
         quantizes: bool = False,
         kv_cache_dtype: torch.dtype | None = None,
+        same_bytes: bool = True,
     ) -> None:
         """Take over a model in evaluation mode and allocate its cache.
 
         `vocab_size` is the tokenizer's: ids from there on are padding. `weights_id` keys the
-        prefix cache; `quantizes` asks for weights of 8 bits. `kv_cache_dtype` may be None for the
-        model's own; what else may be None is then chosen by the device.
-        Raises CacheTooSmall if `num_blocks` hold less than one context.
+        prefix cache; `quantizes` asks for weights of 8 bits, `kv_cache_dtype` is the model's
+        unless given, and without `same_bytes` CUDA may choose its products by their shape. What
+        else may be None is then chosen by the device. Raises CacheTooSmall if `num_blocks` hold
+        less than one context.
         """
         self.n_ctx = model.config.n_ctx
         self.vocab_size = vocab_size
@@ -89,6 +91,7 @@ class Engine:
             use_triton=use_triton,
             decode_step=decode_step,
             quantizes=quantizes,
+            same_bytes=same_bytes,
         )
         self._ahead: Launched | None = None  # a step started before the last one was collected
         self._next_seq_id = 0  # for `generate`
@@ -195,14 +198,29 @@ class Engine:
         # Prompt logprobs, because a request with them leaves no trace in the prefix cache's counts.
         # On a CPU one kernel chooses every kind of token and another scores them: this needs both.
         params = SamplingParams(
-            max_tokens=2, temperature=1.0, ignore_eos=True, logprobs=0, prompt_logprobs=0
+            max_tokens=3, temperature=1.0, top_p=0.9, ignore_eos=True, logprobs=0, prompt_logprobs=0
         )
-        for _, output in self.generate([0, 0], params):
-            if output.error_code == _OUT_OF_MEMORY:
-                raise DoesNotFit(
-                    "Beside the weights and the KV cache the device has no memory left for a step "
-                    "of two tokens: lower kv_cache_bytes or num_blocks, or free memory."
+        outputs: list[StepOutput | None] = []
+        for _ in range(2):  # the second one's prompt beside a row of the first that decodes
+            seq_id = self._next_seq_id
+            self._next_seq_id += 1
+            self.add(
+                Submit(
+                    request_id=f"warm-up-{seq_id}",
+                    prompt_ids=[0, 0],
+                    choices=[Choice(seq_id=seq_id, index=0)],
+                    params=params,
                 )
+            )
+            outputs.append(self.step())
+        while outputs[-1] is not None:
+            outputs.append(self.step())
+        failures = (token.error_code for output in outputs if output for token in output.outputs)
+        if _OUT_OF_MEMORY in failures:
+            raise DoesNotFit(
+                "Beside the weights and the KV cache the device has no memory left for a step "
+                "of two tokens: lower kv_cache_bytes or num_blocks, or free memory."
+            )
         try:
             self._runner.warm_up()
         except torch.OutOfMemoryError as error:

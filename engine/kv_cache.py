@@ -12,13 +12,19 @@ from weights.ledger import SCALE_BYTES
 # Kernels on a CPU read whole vectors, and so past the end of the last row.
 _SLACK_BYTES = 64
 
+LARGEST_FLOAT8 = 448.0  # of float8_e4m3fn, which has no infinity
+
 
 class KVCache:
     """Keys and values of all layers: two tensors (n_layer, num_blocks, H, block_size, D).
 
     A head's tokens of one block lie next to each other, so that attention reads them in one run.
-    Block 0 is nobody's: padding may be written there. In int8, D codes are followed by the four
-    bytes of their scale, a float32; only `CPUPagedAttention` reads and writes those.
+    Block 0 is nobody's: padding may be written there.
+
+    In int8, D codes are followed by the four bytes of their scale, a float32; only
+    `CPUPagedAttention` reads and writes those. float8_e4m3fn has no scale: its steps are a
+    sixteenth of a value wherever that lies between 2^-6 and 448, a scale would only move these
+    ends, and keys and values of GPT-2 are far from both.
     """
 
     def __init__(
@@ -38,18 +44,33 @@ class KVCache:
 
     def write(self, layer: int, blocks: Tensor, offsets: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v (N, H, D) at `offsets` (N,) in `blocks` (N,) of one layer."""
-        self.k[layer][blocks, :, offsets] = k
-        self.v[layer][blocks, :, offsets] = v
+        for stored, new in ((self.k, k), (self.v, v)):
+            _bits(stored[layer])[blocks, :, offsets] = _bits(self._as_stored(new))
+
+    def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (..., H, block_size, D) in float32 of blocks (...), any shape of them."""
+        k, v = (_bits(t[layer])[tables].view(t.dtype).float() for t in (self.k, self.v))
+        return k, v
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that may hold NaN, which even a weight of zero would not silence."""
-        self.k[:, blocks] = 0
-        self.v[:, blocks] = 0
+        _bits(self.k)[:, blocks] = 0
+        _bits(self.v)[:, blocks] = 0
 
     @property
     def num_bytes(self) -> int:
         """What it takes when every block is in use."""
         return self.k.nbytes + self.v.nbytes
+
+    def _as_stored(self, values: Tensor) -> Tensor:
+        if self.k.dtype == torch.float8_e4m3fn:  # too large is largest, and NaN stays what it is
+            values = values.clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8)
+        return values.to(self.k.dtype)
+
+
+def _bits(values: Tensor) -> Tensor:
+    """The same memory in a type that torch can index: it cannot index 8-bit floats everywhere."""
+    return values.view(torch.uint8) if values.itemsize == 1 else values
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -62,4 +83,5 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     count = math.prod(shape)
     pages = mmap.mmap(-1, count * dtype.itemsize + _SLACK_BYTES, flags=mmap.MAP_PRIVATE)
-    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
+    num_bytes = count * dtype.itemsize
+    return torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes).view(dtype).view(shape)

@@ -127,13 +127,14 @@ class Head(nn.Module):
         return logits
 
 
-def pack(model: GPT, *, quantizes: bool = False) -> None:
+def pack(model: GPT, *, quantizes: bool = False, fuses: bool = True) -> None:
     """Replace a GPT's blocks, or their projections, in place by what this machine has for them.
 
-    Weights of 8 bits (`quantizes`) want `can_fuse`.
+    Weights of 8 bits (`quantizes`) want `can_fuse`. With `fuses`, where that can be, all layers
+    become one module that attends by `CPUPagedAttention` alone.
     """
     weight = model.wte.weight
-    if can_fuse(weight.device, weight.dtype, quantizes=quantizes):
+    if fuses and can_fuse(weight.device, weight.dtype, quantizes=quantizes):
         model.h = nn.ModuleList([FusedLayers(model, quantizes=quantizes)])
         return
     assert not quantizes, "loading refuses weights of 8 bits here"

@@ -27,6 +27,8 @@ from weights.ledger import MemoryLedger, available_memory_bytes, kv_bytes_per_to
 
 logger = logging.getLogger(__name__)
 
+_NAMES = {torch.float8_e4m3fn: "float8"}
+
 
 def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
     """Load a checkpoint, plan the memory, and build the engine and what it says of itself.
@@ -41,7 +43,12 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
     precision = choose_precision(config.dtype, Abilities.of(device))
     dtype = precision.dtype
     kv_cache_dtype = _choose_kv_cache_dtype(config.kv_cache_dtype, dtype, device)
-    kv_cache_precision = str(kv_cache_dtype).removeprefix("torch.")
+    kv_cache_precision = _NAMES.get(kv_cache_dtype, str(kv_cache_dtype).removeprefix("torch."))
+    if not config.same_bytes and device.type != "cuda":
+        raise StartRefused(
+            reason="Without same bytes only CUDA is faster; on a CPU nothing would change: leave "
+            "--same-bytes on."
+        )
     vocab_size = config.vocab_size or _known_ids(layout)
     # Hashing and reading let go of the interpreter lock, and kernels want it for much of a second.
     with ThreadPoolExecutor(2) as executor:
@@ -53,9 +60,10 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
     # Packing adds a copy of the embedding, as the output head.
     weights_bytes = MemoryLedger.of(layout.config, precision=precision.name).weights_bytes
     growth = max(0, weights_bytes - sum(p.nbytes for p in model.parameters()))
+    engine_config = config.engine.for_device(device.type)
     plan = plan_memory(
         layout.config,
-        config.engine,
+        engine_config,
         bytes_per_value=dtype.itemsize,
         kv_bytes_per_token=kv_bytes_per_token(layout.config, kv_cache_precision),
         weights_bytes=weights_bytes,
@@ -65,13 +73,14 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
     try:
         engine = Engine(
             model,
-            config.engine,
+            engine_config,
             num_blocks=plan.num_blocks,
             vocab_size=vocab_size,
             eos_token_ids=layout.eos_token_ids,
             weights_id=bytes.fromhex(digest),
             quantizes=precision.quantizes,
             kv_cache_dtype=kv_cache_dtype,
+            same_bytes=config.same_bytes,
         )
     # torch's out-of-memory errors are RuntimeErrors, and mapped memory's OSErrors.
     except (MemoryError, OSError, RuntimeError) as error:
@@ -80,7 +89,15 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
             f"({error}): lower kv_cache_bytes or num_blocks."
         ) from error
     del model
-    engine.warm_up()
+    try:
+        engine.warm_up()
+    except RuntimeError as error:
+        if "C compiler" not in str(error):
+            raise
+        raise StartRefused(
+            reason="On CUDA kernels are compiled at start, for which Triton needs gcc or clang: "
+            "install one, or name it in CC."
+        ) from error
     is_batch_invariant = engine.is_batch_invariant()
     _return_free_memory()
     ready = Ready(
@@ -100,6 +117,7 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
         available_bytes=plan.available_bytes,
         weights_id=digest,
         is_batch_invariant=is_batch_invariant,
+        same_bytes=config.same_bytes,
     )
     return engine, ready
 
@@ -157,7 +175,7 @@ def _known_ids(layout: Layout) -> int:
 
 def _choose_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -171,19 +189,30 @@ def _choose_device(name: str) -> torch.device:
             reason=f"There is no CUDA device {device.index or 0} here "
             f"({torch.cuda.device_count()} found); use --device cpu."
         )
+    if device.type == "cuda":
+        # Streams, events and Triton's launches go to the current device, wherever tensors are.
+        torch.cuda.set_device(device.index or 0)
     return device
 
 
 def _choose_kv_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The precision of the cache; `auto` is that of the computation."""
-    if name == "auto" or name == str(dtype).removeprefix("torch."):
+    own = str(dtype).removeprefix("torch.")
+    if name in ("auto", own):
         return dtype
-    if device.type != "cpu":
+    if device.type == "cpu" and name != "float8":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[name]
+    if name != "float8" or device.type != "cuda" or dtype != torch.bfloat16:
         raise StartRefused(
-            reason=f"kv_cache_dtype {name} needs a CPU: on {device} the cache is as precise as "
-            "the model. Use --kv-cache-dtype auto."
+            reason=f"kv_cache_dtype {name} does not go with {own} on {device.type}: on a CPU it is "
+            "float32, bfloat16 or int8; on CUDA as the model computes (auto), or float8 in "
+            "bfloat16."
         )
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[name]
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        raise StartRefused(
+            reason="kv_cache_dtype float8 needs a GPU of compute capability 8.9 or later; use auto."
+        )
+    return torch.float8_e4m3fn
 
 
 def _available_bytes(device: torch.device) -> int:

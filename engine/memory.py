@@ -40,7 +40,7 @@ def working_bytes(config: GPTConfig, engine: EngineConfig, *, bytes_per_value: i
     scores of every row and head; float32 logits of every sequence, and as much twice again while
     they are filtered.
     """
-    rows = engine.max_num_scheduled_tokens
+    rows = engine.step_tokens
     hidden = rows * (6 * config.n_embd + 2 * config.mlp_width) * bytes_per_value
     scores = 4 * rows * config.n_head * config.n_ctx
     logits = 3 * 4 * engine.max_num_sequences * config.vocab_size
@@ -57,7 +57,7 @@ def plan_memory(
     available_bytes: int,
     kv_cache_bytes: int | None,
 ) -> MemoryPlan:
-    """Decide how many blocks the KV cache has.
+    """Decide how many blocks the KV cache has, whose values may be smaller than the model's.
 
     As many as `engine.num_blocks` or `kv_cache_bytes` say; without either, enough for
     `max_num_sequences` full contexts, if the share of the free memory that is the cache's allows.

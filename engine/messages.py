@@ -107,6 +107,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
     available_bytes: int  # was free before the cache
     weights_id: str  # sha256 of what was loaded, in hex
     is_batch_invariant: bool
+    same_bytes: bool = True  # were asked for
 
 
 class StartFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):

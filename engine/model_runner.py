@@ -34,6 +34,7 @@ from model.gpt import GPT, Block
 
 _LOGPROB_ROWS = 32  # prompt positions whose logits are held at a time
 _PROBED_COUNTS = (1, 2, 3, 7, 16, 33, 64)  # of rows
+_PROBED_COUNTS_ON_CUDA = (*_PROBED_COUNTS, 65, 130, 300)  # and where other tiles begin
 
 
 @dataclass(slots=True)
@@ -76,12 +77,14 @@ class ModelRunner:
         use_triton: bool | None = None,
         decode_step: DecodeStepFactory | None = None,
         quantizes: bool = False,
+        same_bytes: bool = True,
     ) -> None:
         """Take over a model, whose layers are replaced in place where that pays.
 
         `use_triton`, for the kernels of a GPU, and `decode_step`, for decoding from what lies on
         the device, are what CUDA is for; None leaves them to the device. With `quantizes`
-        the products on a CPU have weights of 8 bits.
+        the products on a CPU have weights of 8 bits. Without `same_bytes` those of
+        the kernels are the library's, which are fast at many rows.
         """
         on_cuda = model.wte.weight.device.type == "cuda"
         if use_triton is None:
@@ -93,19 +96,20 @@ class ModelRunner:
             from engine.draw_triton import draw as draw_by_kernel
 
             draw = draw_by_kernel
-            self._head: nn.Module = fuse(model, vocab_size)
+            self._head: nn.Module = fuse(model, vocab_size, same_bytes=same_bytes)
             attention = attention or TritonPagedAttention
         else:
             self._head = Head(model.wte.weight, vocab_size, norm=model.ln_f, quantizes=quantizes)
             setattr(model, "ln_f", nn.Identity())  # noqa: B010  it is the head's now
-            pack(model, quantizes=quantizes)
+            if attention is None:
+                on_cpu = model.wte.weight.device.type == "cpu"
+                attention = CPUPagedAttention if on_cpu else PagedAttention
+            # Layers that run as one know no other attention than their own.
+            pack(model, quantizes=quantizes, fuses=attention is CPUPagedAttention)
         self._model = model
         self._cache = cache
         self._builder = builder
         self._eos_token_ids = eos_token_ids
-        if attention is None:
-            on_cpu = model.wte.weight.device.type == "cpu"
-            attention = CPUPagedAttention if on_cpu else PagedAttention
         self._attention = attention
         self._decode_loop: DecodeLoop | None = None
         if on_cuda and decode_step is None:
@@ -198,8 +202,9 @@ class ModelRunner:
     def is_batch_invariant(self) -> bool:
         """Whether a row of each kind of product comes out in the same bytes at any row count."""
         weight = self._model.wte.weight
+        counts = _PROBED_COUNTS_ON_CUDA if weight.is_cuda else _PROBED_COUNTS
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(_PROBED_COUNTS[-1], weight.shape[1], generator=generator)
+        x = torch.randn(counts[-1], weight.shape[1], generator=generator)
         x = x.to(weight.device, weight.dtype)
         block: Any = self._model.h[0]
         products: tuple[Any, ...]
@@ -210,7 +215,7 @@ class ModelRunner:
         return all(
             torch.equal(product(x)[:count], product(x[:count]))
             for product in products
-            for count in _PROBED_COUNTS
+            for count in counts
         )
 
     def _draw(self, batch: ScheduledBatch, logits: Tensor) -> StepResult:

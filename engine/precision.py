@@ -22,7 +22,7 @@ class Abilities:
     def of(cls, device: torch.device) -> "Abilities":
         """What is here."""
         if device.type == "cuda":
-            has_bfloat16 = torch.cuda.is_bf16_supported()
+            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
             gpu = {"float32", "bfloat16"} if has_bfloat16 else {"float32"}
             return cls(own=frozenset(), packed=frozenset(), gpu=frozenset(gpu))
         own = {n for n in _DTYPES if can_fuse(device, _DTYPES[n], quantizes=n == "int8")}

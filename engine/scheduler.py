@@ -155,7 +155,7 @@ class Scheduler:
         assert not self._in_flight, "one step at a time, but for `schedule_ahead`"
         batch = ScheduledBatch()
         num_preempted = self._grow_running()
-        budget = self._config.max_num_scheduled_tokens - len(self._running)
+        budget = self._config.step_tokens - len(self._running)
         for sequence in self._running:
             num_extra = min(sequence.num_tokens - sequence.num_computed_tokens - 1, budget)
             budget -= num_extra

@@ -18,6 +18,20 @@ ModelOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(envvar="KVIK_DEVICE", help="auto, cpu, cuda or cuda:N.")]
+KVCacheDtypeOption = Annotated[
+    str,
+    typer.Option(
+        envvar="KVIK_KV_CACHE_DTYPE",
+        help="auto (as the model computes), float32, bfloat16, int8 (on a CPU), float8 (on CUDA).",
+    ),
+]
+SameBytesOption = Annotated[
+    bool,
+    typer.Option(
+        envvar="KVIK_SAME_BYTES",
+        help="On CUDA: the same request gives the same bytes whatever runs beside it.",
+    ),
+]
 DtypeOption = Annotated[
     str, typer.Option(envvar="KVIK_DTYPE", help="auto, float32, bfloat16 or int8.")
 ]

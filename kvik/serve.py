@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from kvik.options import STORYTELLER, DeviceOption, DtypeOption, ModelOption
+from kvik.options import (
+    STORYTELLER,
+    DeviceOption,
+    DtypeOption,
+    KVCacheDtypeOption,
+    ModelOption,
+    SameBytesOption,
+)
 from kvik.terminal import fail
 
 
@@ -19,6 +26,8 @@ def serve(
     ] = 8000,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
+    same_bytes: SameBytesOption = True,
     served_model_name: Annotated[
         str | None,
         typer.Option(
@@ -53,8 +62,13 @@ def serve(
         int, typer.Option(envvar="KVIK_MAX_NUM_SEQUENCES", help="Generations running at once.")
     ] = 256,
     max_num_scheduled_tokens: Annotated[
-        int, typer.Option(envvar="KVIK_MAX_NUM_SCHEDULED_TOKENS", help="Tokens a step computes.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            envvar="KVIK_MAX_NUM_SCHEDULED_TOKENS",
+            help="Tokens a step computes.",
+            show_default="256, on CUDA 2048",
+        ),
+    ] = None,
     block_size: Annotated[
         int, typer.Option(envvar="KVIK_BLOCK_SIZE", help="Tokens a block of the KV cache.")
     ] = 16,
@@ -64,12 +78,6 @@ def serve(
             envvar="KVIK_NUM_BLOCKS", help="Blocks of the KV cache.", show_default="what fits"
         ),
     ] = None,
-    kv_cache_dtype: Annotated[
-        str,
-        typer.Option(
-            envvar="KVIK_KV_CACHE_DTYPE", help="auto (as --dtype), float32, bfloat16 or int8."
-        ),
-    ] = "auto",
     kv_cache_bytes: Annotated[
         int | None,
         typer.Option(
@@ -188,6 +196,7 @@ def serve(
                 device=device,
                 dtype=dtype,
                 kv_cache_dtype=kv_cache_dtype,
+                same_bytes=same_bytes,
                 kv_cache_bytes=kv_cache_bytes,
                 num_threads=num_threads,
                 vocab_size=served.vocab_size,

@@ -22,6 +22,7 @@ def describe_start(
         f"{format_bytes(facts.kv_cache_bytes)} ({facts.num_blocks:,} blocks, "
         f"{cache_tokens:,} tokens, {cache_tokens // model.n_ctx:,} contexts of {model.n_ctx}), "
         f"a step {format_bytes(facts.working_bytes)}; weights {format_bytes(facts.weights_bytes)}",
+        *([] if facts.same_bytes else ["bytes    may vary with what else runs"]),
         f"address  {address}",
         "try it   "
         f"curl -N {address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",

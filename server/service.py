@@ -225,6 +225,7 @@ class Service:
                 facts.kv_cache_dtype,
                 facts.products,
                 str(facts.is_batch_invariant),
+                str(facts.same_bytes),
             )
             digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
             self._fingerprint = f"fp_{digest[:16]}"

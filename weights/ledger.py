@@ -9,14 +9,14 @@ from model.config import GPTConfig
 
 SCALE_BYTES = 4  # beside a head's 8-bit keys of one token, and as many beside its values
 
-_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "float8": 1}
 # Bytes of a weight that is multiplied with, and the type of any other number, the cache's too.
 _PRECISIONS = {"float32": (4, "float32"), "bfloat16": (2, "bfloat16"), "int8": (1, "bfloat16")}
 PRECISIONS = tuple(_PRECISIONS)
 
 
 def kv_bytes_per_token(config: GPTConfig, kv_cache_dtype: str) -> int:
-    """What keys and values of all layers take in a cache of float32, bfloat16 or int8."""
+    """What keys and values of all layers take in a cache of float32, bfloat16, int8 or float8."""
     scales = config.n_head * SCALE_BYTES if kv_cache_dtype == "int8" else 0
     return 2 * config.n_layer * (config.n_embd * _VALUE_BYTES[kv_cache_dtype] + scales)
 

@@ -1,5 +1,6 @@
 """The report on a GPU, as far as it can be tried without one."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton comes with torch on CUDA and with the test extra")
 
-from benchmarks.gpu import GOALS, Bench, Goal, Report, run
+from benchmarks.gpu.__main__ import PARTS, run
+from benchmarks.gpu.checks import check_kernels
+from benchmarks.gpu.report import GOALS, Goal, Report
+from benchmarks.gpu.workbench import Workbench
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -25,7 +29,7 @@ def test_a_report_names_every_goal_though_nothing_ran(tmp_path: Path) -> None:
 
     text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert text.count("| not measured |") == len(GOALS)
-    assert text.count("Not run: the time was up.") == 11
+    assert text.count("Not run: the time was up.") == len(PARTS)
 
 
 def test_no_time_of_a_trial_run_is_held_against_a_goal() -> None:
@@ -42,7 +46,30 @@ def test_no_time_of_a_trial_run_is_held_against_a_goal() -> None:
 def test_kernels_are_compared_and_found_right() -> None:
     report = Report(has_times=False)
 
-    Bench(device=DEVICE, is_smoke=True, report=report).check_kernels()
+    check_kernels(Workbench(device=DEVICE, is_smoke=True), report)
 
     assert report.values["kernels"] == 1.0
     assert report.parts[0].count("| pass |") == 27
+
+
+def test_a_part_that_fails_or_takes_too_long_is_told_and_the_others_run(tmp_path: Path) -> None:
+    def fail(bench: Workbench, report: Report) -> None:
+        raise RuntimeError("no such device")
+
+    def wait(bench: Workbench, report: Report) -> None:
+        time.sleep(10)
+
+    def work(bench: Workbench, report: Report) -> None:
+        assert "no such device" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
+        report.parts.append("Done.")
+
+    run(
+        device=DEVICE,
+        is_smoke=True,
+        out=tmp_path,
+        limit_seconds=60,
+        parts=(("Fails", fail, 5), ("Waits", wait, 0.1), ("Works", work, 5)),
+    )
+
+    text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert text.index("no such device") < text.index("Stopped:") < text.index("Done.")

@@ -5,6 +5,7 @@ for each kernel what the compiler made of it.
 """
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -13,10 +14,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.attention_triton import _decode_kernel, _prefill_kernel, _write_kernel
+from engine.attention_triton import PART_TOKENS, _decode_kernel, _prefill_kernel, _write_kernel
 from engine.block_triton import _layer_norm_kernel
 from engine.draw_triton import _draw_kernel
-from engine.linear_triton import _linear_kernel
+from engine.linear_triton import _linear_kernel, tile_of
 
 _INDICES = {"positions": "*i64", "row_sequences": "*i64", "tables": "*i32", "tiles": "*i32"}
 _SCRATCH = {"mixtures": "*fp32", "maxima": "*fp32", "totals": "*fp32", "num_done": "*i32"}
@@ -31,10 +32,28 @@ _DRAW = {
     "peaks": "*fp64",
     "ids": "*i64",
 }
+_HOPPER_SHARED_BYTES = 232_448
+_SMALL_SHARED_BYTES = 101_376  # a GeForce's
 _HEADS = {"D": 64, "PADDED_D": 64, "BLOCK_SIZE": 16}
 
 
-def compile_kernel(kernel: Any, values: str, constants: dict[str, Any], **options: int) -> None:
+def reductions(code: str) -> list[str]:
+    """How sums and maxima are spread over threads, from which the order of a sum follows."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", code, re.MULTILINE))
+    operands = re.findall(r"\}\) : \((tensor<[^)]*)\) ->", code)
+    spelled = (re.sub(r"#\w+", lambda m: layouts.get(m[0], m[0]), one) for one in operands)
+    return sorted(set(spelled))
+
+
+def compile_kernel(
+    kernel: Any,
+    values: str,
+    constants: dict[str, Any],
+    *,
+    cache: str | None = None,
+    allowed_bytes: int = _HOPPER_SHARED_BYTES,
+    **options: Any,
+) -> None:
     """Compile with tensors of `values` unless their names say otherwise; print the outcome."""
     types = {**_DRAW, **_INDICES, **_SCRATCH, **_SCALARS, "rows": "*i32"}
     names = kernel.arg_names
@@ -45,7 +64,8 @@ def compile_kernel(kernel: Any, values: str, constants: dict[str, Any], **option
         elif name.endswith("_stride"):
             signature[name] = "i32"
         else:
-            signature[name] = types.get(name, f"*{values}")
+            is_cached = cache is not None and name.startswith("cache_")
+            signature[name] = types.get(name, f"*{cache if is_cached else values}")
         # As a launch finds it out: addresses and strides are multiples of 16.
         if signature[name].startswith("*") or name.endswith("_stride"):
             hints[(place,)] = [["tt.divisibility", 16]]
@@ -62,8 +82,17 @@ def compile_kernel(kernel: Any, values: str, constants: dict[str, Any], **option
         "values": values,
         "uses_tensor_cores": "wgmma.mma_async" in ptx,
         "loads_ahead": "cp.async" in ptx,
-        "shared_bytes": compiled.metadata.shared,
+        "fits": compiled.metadata.shared <= allowed_bytes,
         "has_code": len(compiled.asm["cubin"]) > 0,
+        "values_in_cache": cache or values,
+        "fuses": "fma.rn.f32" in ptx,
+        "reductions": reductions(compiled.asm["ttgir"]),
+        # Where another address of these means another program.
+        "specialised": [
+            parameter.name
+            for parameter in kernel.params
+            if not (parameter.is_constexpr or parameter.do_not_specialize_on_alignment)
+        ],
     }
     sys.stdout.write(json.dumps(outcome) + "\n")
 
@@ -72,24 +101,51 @@ def main() -> None:
     """Compile them all as GPT-2 124M has them, in bfloat16; float32 where the code differs."""
     write = {"WIDTH": 768, "PADDED_WIDTH": 1024, "D": 64, "BLOCK_SIZE": 16}
     norm = {"WIDTH": 768, "PADDED_WIDTH": 1024}
-    linear = {"IN": 768, "ROWS": 64, "INS": 64, "ACTIVATION": None, "OPERAND": tl.bfloat16}
     compile_kernel(_write_kernel, "bf16", write)
+    compile_kernel(_write_kernel, "bf16", write, cache="fp8e4nv")
     compile_kernel(_layer_norm_kernel, "bf16", norm)
     compile_kernel(_draw_kernel, "fp32", {"IDS": 1024, "NO_CHANCE": -19.5}, num_warps=4)
     for all_rows in (True, False):
-        decode = {**_HEADS, "SPLIT": 256, "KEYS": 32, "ALL_ROWS": all_rows}
-        compile_kernel(_decode_kernel, "bf16", decode, num_warps=4, num_stages=2)
+        for in_turn in (True, False):
+            decode = {**_HEADS, "PART": PART_TOKENS, "ALL_ROWS": all_rows, "IN_TURN": in_turn}
+            for cache in ("bf16", "fp8e4nv"):
+                compile_kernel(
+                    _decode_kernel, "bf16", decode, cache=cache, num_warps=4, enable_fp_fusion=False
+                )
     tile = {"QUERIES": 64, "KEYS": 64, "OPERAND": tl.bfloat16}
-    compile_kernel(_prefill_kernel, "bf16", {**_HEADS, **tile}, num_warps=4, num_stages=2)
+    for cache in ("bf16", "fp8e4nv"):
+        compile_kernel(
+            _prefill_kernel, "bf16", {**_HEADS, **tile}, cache=cache, num_warps=4, num_stages=2
+        )
     tile = {"QUERIES": 16, "KEYS": 32, "OPERAND": tl.float32}
     compile_kernel(_prefill_kernel, "fp32", {**_HEADS, **tile}, num_warps=4, num_stages=1)
-    for changes in (
-        {"OUTS": 16},
-        {"OUTS": 32, "ACTIVATION": "gelu_new", "residual": None},
-        {"OUTS": 32, "ACTIVATION": "gelu", "bias": None},
-        {"OUTS": 64, "ACTIVATION": "relu", "residual": None, "bias": None},
-    ):
-        compile_kernel(_linear_kernel, "bf16", {**linear, **changes}, num_warps=4, num_stages=4)
+    products: list[tuple[int, int, dict[str, Any]]] = [
+        (2304, 768, {"residual": None}),
+        (768, 768, {}),
+        (3072, 768, {"ACTIVATION": "gelu_new", "residual": None}),
+        (3072, 768, {"ACTIVATION": "gelu", "bias": None}),
+        (768, 3072, {"ACTIVATION": "relu"}),
+        (50257, 768, {"residual": None, "bias": None}),
+    ]
+    chips = (
+        ("bf16", tl.bfloat16, 2, _HOPPER_SHARED_BYTES),
+        ("bf16", tl.bfloat16, 2, _SMALL_SHARED_BYTES),
+        ("fp32", tl.float32, 4, _SMALL_SHARED_BYTES),
+    )
+    for values, operand, size, shared_bytes in chips:
+        # Other chips and precisions have tiles of their own for three kinds of weights.
+        is_hopper = shared_bytes == _HOPPER_SHARED_BYTES
+        some = products if is_hopper else [products[0], products[1], products[-1]]
+        for num_out, num_in, changes in some:
+            shape = tile_of(num_out, num_in, bytes_per_value=size, shared_bytes=shared_bytes)
+            linear = {
+                "IN": num_in, "ROWS": shape.rows, "OUTS": shape.outs, "INS": shape.ins,
+                "ACTIVATION": None, "OPERAND": operand, **changes,
+            }  # fmt: skip
+            compile_kernel(
+                _linear_kernel, values, linear, allowed_bytes=shared_bytes,
+                num_warps=shape.num_warps, num_stages=shape.num_stages,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

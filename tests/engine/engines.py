@@ -28,6 +28,7 @@ def make_engine(
     attention: Any = None,
     use_triton: bool | None = None,
     decode_step: Any = None,
+    kv_cache_dtype: torch.dtype | None = None,
     **config: Any,
 ) -> Engine:
     """An engine over a copy of `model`: packing changes the one it is given."""
@@ -47,6 +48,7 @@ def make_engine(
         attention=attention,
         use_triton=use_triton,
         decode_step=decode_step,
+        kv_cache_dtype=kv_cache_dtype,
     )
 
 

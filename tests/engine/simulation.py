@@ -196,7 +196,7 @@ class SimulatedEngine:
 
         assert len(batch.sequences) == len(batch.num_scheduled_tokens)
         assert len(batch.sequences) <= self.config.max_num_sequences
-        assert batch.num_tokens <= self.config.max_num_scheduled_tokens
+        assert batch.num_tokens <= self.config.step_tokens
         assert min(batch.num_scheduled_tokens, default=1) >= 1
         assert {s.seq_id for s in batch.sequences} == {s.seq_id for s in self.running()}
         assert num_preempted < max(1, len(running_before)), "the oldest always advances"
@@ -219,7 +219,7 @@ class SimulatedEngine:
             table = self.blocks.block_table(sequence.seq_id)
             assert len(table) == -(-sequence.num_tokens // block_size), "it exactly fits"
         if is_cut:
-            assert batch.num_tokens == self.config.max_num_scheduled_tokens, "the budget is used"
+            assert batch.num_tokens == self.config.step_tokens, "the budget is used"
         return batch
 
     def update(

@@ -235,7 +235,7 @@ def rows_of(batch: ModelInput, rows: slice) -> ModelInput:
 def test_a_row_has_the_same_bytes_at_every_row_count_of_a_step(dtype: torch.dtype) -> None:
     """Decode rows of many sequences, then a prompt, cut at every place of both."""
     torch.manual_seed(0)
-    budget = EngineConfig().max_num_scheduled_tokens
+    budget = EngineConfig().step_tokens
     config = make_config(n_head=2, head_size=64, n_ctx=1024)
     spans = [(31 * index, 31 * index + 1) for index in range(30)]
     spans.append((200, 200 + budget - len(spans)))

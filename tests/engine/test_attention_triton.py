@@ -8,12 +8,12 @@ from torch import Tensor
 
 from engine.attention import PagedAttention
 from engine.batch import ModelInput, Span
-from engine.kv_cache import KVCache
+from engine.kv_cache import LARGEST_FLOAT8, KVCache
 from model.config import GPTConfig
 
 pytest.importorskip("triton", reason="triton comes with torch on CUDA and with the test extra")
 
-from engine.attention_triton import SPLIT_TOKENS, TritonPagedAttention
+from engine.attention_triton import PART_TOKENS, TritonPagedAttention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,19 +37,28 @@ def make_config(*, n_head: int = 2, head_size: int = 64, n_ctx: int = 96) -> GPT
     )
 
 
-def make_cache(config: GPTConfig, *, dtype: torch.dtype, block_size: int = 16) -> KVCache:
-    """A cache for four contexts, full of other people's numbers."""
-    num_blocks = 1 + 4 * -(-config.n_ctx // block_size)
+def make_cache(
+    config: GPTConfig, *, dtype: torch.dtype, block_size: int = 16, num_contexts: int = 4
+) -> KVCache:
+    """A cache for some contexts, full of other people's numbers."""
+    num_blocks = 1 + num_contexts * -(-config.n_ctx // block_size)
     cache = KVCache(
         config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=DEVICE
     )
-    cache.k.copy_(torch.randn(cache.k.shape))
-    cache.v.copy_(torch.randn(cache.v.shape))
+    cache.k.copy_(torch.randn(cache.k.shape).to(dtype))
+    cache.v.copy_(torch.randn(cache.v.shape).to(dtype))
     return cache
 
 
 def copy_of(cache: KVCache, config: GPTConfig) -> KVCache:
-    twin = make_cache(config, dtype=cache.k.dtype, block_size=cache.block_size)
+    num_blocks = cache.k.shape[1]
+    twin = KVCache(
+        config,
+        num_blocks=num_blocks,
+        block_size=cache.block_size,
+        dtype=cache.k.dtype,
+        device=DEVICE,
+    )
     twin.k.copy_(cache.k)
     twin.v.copy_(cache.v)
     return twin
@@ -133,6 +142,28 @@ def test_kernels_equal_the_reference(spans: list[tuple[int, int, int]], dtype: t
     assert torch.equal(cache.v, twin.v)
 
 
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS.keys())
+def test_a_cache_of_8_bits_is_read_and_written_as_the_reference_does(
+    spans: list[tuple[int, int, int]],
+) -> None:
+    torch.manual_seed(0)
+    config = make_config()
+    cache = make_cache(config, dtype=torch.float8_e4m3fn)
+    twin = copy_of(cache, config)
+    batch = make_input(cache, spans, n_ctx=config.n_ctx)
+    q, k, v = qkv(config, len(batch.positions), torch.bfloat16)
+    v[0] = 1000.0  # as the largest there is
+
+    ours = TritonPagedAttention(config, cache, batch)(0, q, k, v)
+    theirs = PagedAttention(config, twin, batch)(0, q, k, v)
+
+    tolerance = TOLERANCE[torch.bfloat16]
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert torch.equal(cache.k.float(), twin.k.float())
+    assert torch.equal(cache.v.float(), twin.v.float())
+    assert cache.v.float().max() == LARGEST_FLOAT8
+
+
 @pytest.mark.parametrize("prompt", [ALL_PREFILL, ALL_DECODE])
 @pytest.mark.parametrize(
     ("n_head", "head_size", "block_size"),
@@ -156,13 +187,13 @@ def test_kernels_take_any_head_and_block_size(
     assert torch.equal(cache.v, twin.v)
 
 
-@pytest.mark.parametrize("length", [1, SPLIT_TOKENS, SPLIT_TOKENS + 1, 3 * SPLIT_TOKENS - 7])
+@pytest.mark.parametrize("length", [1, PART_TOKENS, PART_TOKENS + 1, 3 * PART_TOKENS - 7])
 def test_decoding_adds_up_the_parts_of_a_long_sequence(length: int) -> None:
     torch.manual_seed(0)
-    config = make_config(n_ctx=3 * SPLIT_TOKENS)
+    config = make_config(n_ctx=3 * PART_TOKENS)
     cache = make_cache(config, dtype=torch.float32)
     twin = copy_of(cache, config)
-    batch = make_input(cache, [(length - 1, length, 1), (400, 401, 1)], n_ctx=config.n_ctx)
+    batch = make_input(cache, [(length - 1, length, 1), (299, 300, 1)], n_ctx=config.n_ctx)
     kernels = TritonPagedAttention(config, cache, batch)
     reference = PagedAttention(config, twin, batch)
 
@@ -173,14 +204,14 @@ def test_decoding_adds_up_the_parts_of_a_long_sequence(length: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_a_decode_row_has_the_same_bytes_alone_and_among_others(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    config = make_config(n_ctx=2 * SPLIT_TOKENS)
+    config = make_config(n_ctx=3 * PART_TOKENS)
     cache = make_cache(config, dtype=dtype)
     # Beside a prompt the keys are written first, alone they are taken as they come.
     batch = make_input(cache, [(300, 301, 4), (7, 9, 90), (64, 65, 3)], n_ctx=config.n_ctx)
-    q, k, v = qkv(config, 4, dtype)
+    q, k, v = qkv(config, 4, torch.bfloat16 if dtype.itemsize == 1 else dtype)
     together = TritonPagedAttention(config, copy_of(cache, config), batch)(0, q, k, v)
 
     for row in (0, 3):
@@ -189,6 +220,32 @@ def test_a_decode_row_has_the_same_bytes_alone_and_among_others(dtype: torch.dty
         y = alone(0, q[one], k[one], v[one])
 
         assert torch.equal(y[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_program_for_all_parts_gives_the_bytes_of_one_for_each(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    # With so many heads, eight rows are enough for one program a pair; one row has one a part.
+    config = make_config(n_head=64, head_size=4, n_ctx=3 * PART_TOKENS)
+    cache = make_cache(config, dtype=dtype, num_contexts=8)
+    ends = [1, PART_TOKENS, PART_TOKENS + 1, 2 * PART_TOKENS, 300, 384, 70, 200]
+    tables = torch.randperm(8 * config.n_ctx // cache.block_size).view(8, -1) + 1
+    many = ModelInput(
+        tokens=torch.zeros(8, dtype=torch.long, device=DEVICE),
+        positions=torch.tensor(ends, device=DEVICE) - 1,
+        row_sequences=torch.arange(8, device=DEVICE),
+        block_tables=tables.int().to(DEVICE),
+        slot_blocks=torch.zeros(8, dtype=torch.long, device=DEVICE),  # the kernels find their own
+        slot_offsets=torch.zeros(8, dtype=torch.long, device=DEVICE),
+    )
+    q, k, v = qkv(config, 8, dtype)
+    together = TritonPagedAttention(config, copy_of(cache, config), many)(0, q, k, v)
+
+    for row in range(8):
+        one = slice(row, row + 1)
+        alone = TritonPagedAttention(config, copy_of(cache, config), rows_of(many, one, ()))
+
+        assert torch.equal(alone(0, q[one], k[one], v[one])[0], together[row])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -227,10 +284,23 @@ def test_a_completion_computed_again_has_the_bytes_it_was_decoded_with() -> None
 
 
 @pytest.mark.parametrize("prompt", [ALL_PREFILL, ALL_DECODE])
-def test_a_broken_key_breaks_its_own_sequence_and_no_other(prompt: int) -> None:
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        pytest.param(
+            torch.float8_e4m3fn,
+            marks=pytest.mark.skipif(
+                DEVICE == "cpu", reason="the interpreter knows no NaN of 8 bits"
+            ),
+        ),
+    ],
+    ids=str,
+)
+def test_a_broken_key_breaks_its_own_sequence_and_no_other(dtype: torch.dtype, prompt: int) -> None:
     torch.manual_seed(0)
     config = make_config()
-    cache = make_cache(config, dtype=torch.float32)
+    cache = make_cache(config, dtype=dtype)
     batch = make_input(cache, [(0, 10, prompt), (0, 10, prompt)], n_ctx=config.n_ctx)
     q, k, v = qkv(config, 20, torch.float32)
     healthy = TritonPagedAttention(config, cache, batch)(0, q, k, v)

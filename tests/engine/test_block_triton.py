@@ -15,7 +15,7 @@ from tests.tiny_models import gpt_with_outliers, random_tokens, tiny_gpt
 pytest.importorskip("triton", reason="triton comes with torch on CUDA and with the test extra")
 
 from engine.block_triton import TritonLayerNorm, fuse
-from engine.linear_triton import TritonLinear
+from engine.linear_triton import LibraryLinear, TritonLinear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,17 +28,20 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape).to(DEVICE)
 
 
+@pytest.mark.parametrize("product", [TritonLinear, LibraryLinear])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_linear_equals_the_plain_one_with_what_follows(
-    activation: Activation | None, dtype: torch.dtype
+    activation: Activation | None,
+    dtype: torch.dtype,
+    product: type[TritonLinear] | type[LibraryLinear],
 ) -> None:
     torch.manual_seed(0)
     x, weight, bias, residual = (
         t.to(dtype) for t in (random(5, 48), random(70, 48) / 7, random(70), random(5, 70))
     )
 
-    y = TritonLinear(weight, bias, activation=activation)(x, residual)
+    y = product(weight, bias, activation=activation)(x, residual)
 
     expected = F.linear(x.float(), weight.float(), bias.float())
     if activation is not None:
@@ -59,11 +62,14 @@ def test_linear_takes_any_shape(num_rows: int, num_in: int, num_out: int) -> Non
     torch.testing.assert_close(y, F.linear(x, weight), rtol=2e-5, atol=2e-5)
 
 
-def test_linear_gives_logits_in_float32_from_weights_in_bfloat16() -> None:
+@pytest.mark.parametrize("product", [TritonLinear, LibraryLinear])
+def test_linear_gives_logits_in_float32_from_weights_in_bfloat16(
+    product: type[TritonLinear] | type[LibraryLinear],
+) -> None:
     torch.manual_seed(0)
     x, weight = random(3, 48).bfloat16(), random(90, 48).bfloat16()
 
-    logits = TritonLinear(weight, None, out_dtype=torch.float32)(x)
+    logits = product(weight, None, out_dtype=torch.float32)(x)
 
     expected = F.linear(x.float(), weight.float())
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
@@ -111,13 +117,16 @@ def test_layer_norm_equals_torch_s(has_bias: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_fused_model_equals_the_plain_one(activation: Activation, bias: bool) -> None:
+@pytest.mark.parametrize("same_bytes", [True, False])
+def test_a_fused_model_equals_the_plain_one(
+    activation: Activation, bias: bool, same_bytes: bool
+) -> None:
     config = GPTConfig(
         n_layer=2, n_head=2, n_embd=32, n_ctx=16, vocab_size=97, activation=activation, bias=bias
     )
     plain = tiny_gpt(config).to(DEVICE)
     fused = copy.deepcopy(plain)
-    head = fuse(fused, 95)
+    head = fuse(fused, 95, same_bytes=same_bytes)
     tokens = random_tokens(config, 7).to(DEVICE)
     positions = torch.arange(7, device=DEVICE)
     attend = CausalAttention(config)

@@ -30,3 +30,21 @@ def test_an_impossible_value_is_named_with_its_remedy(values: dict[str, Any], me
 def test_a_config_does_not_change() -> None:
     with pytest.raises(FrozenInstanceError):
         EngineConfig().block_size = 8  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("values", "on_cpu", "on_cuda"),
+    [
+        ({}, 256, 2048),
+        ({"max_num_sequences": 3000}, 3000, 3000),
+        ({"max_num_scheduled_tokens": 300}, 300, 300),
+    ],
+)
+def test_a_step_is_as_long_as_its_device_is_fast(
+    values: dict[str, Any], on_cpu: int, on_cuda: int
+) -> None:
+    config = EngineConfig(**values)
+
+    assert config.step_tokens == on_cpu
+    assert config.for_device("cpu").step_tokens == on_cpu
+    assert config.for_device("cuda").step_tokens == on_cuda

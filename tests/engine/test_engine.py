@@ -1,6 +1,8 @@
 """The engine against decoding without a cache, and against itself under every disturbance."""
 
 import copy
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,14 +10,19 @@ import torch
 from torch import Tensor
 
 from engine.attention import PagedAttention
+from engine.batch import ModelInput
 from engine.errors import CacheTooSmall, DoesNotFit, PromptTooLong, TokenOutOfRange
-from engine.messages import Abort, Choice, Submit
+from engine.kv_cache import KVCache
+from engine.messages import Abort, Choice, Submit, TopLogprobs
 from engine.sampling_params import SamplingParams
 from model.attention import CausalAttention
+from model.config import GPTConfig
 from model.generate import generate
 from model.gpt import GPT
 from tests.engine.engines import CONFIG, Request, Result, make_engine, random_prompt, run
 from tests.tiny_models import gpt_with_outliers, tiny_config, tiny_gpt
+from weights.checkpoint import load_layout
+from weights.layout import read_layout
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -513,3 +520,52 @@ def test_an_engine_without_memory_for_a_step_says_so_at_start() -> None:
 def test_this_machine_computes_a_row_alike_in_any_batch() -> None:
     for dtype in DTYPES:
         assert make_engine(dtype=dtype).is_batch_invariant()
+
+
+def test_warming_up_runs_a_prompt_beside_a_row_that_decodes_and_leaves_nothing() -> None:
+    kinds: list[set[bool]] = []
+
+    class Watched(PagedAttention):
+        """Notes of each step whether it has rows of prompts, and rows past them."""
+
+        def __init__(self, config: GPTConfig, cache: KVCache, batch: ModelInput) -> None:
+            super().__init__(config, cache, batch)
+            kinds.append({span.start < span.num_prompt_tokens for span in batch.spans} or {False})
+
+    engine = make_engine(attention=Watched)
+
+    engine.warm_up()
+
+    assert {True, False} in kinds, "its kernels are compiled before anyone waits for them"
+    assert {False} in kinds
+    assert engine.is_idle
+    stats = engine.counts().stats
+    assert (stats.num_prefix_query_tokens, stats.num_prefix_hit_tokens) == (0, 0)
+
+
+def test_a_cache_of_8_bits_predicts_the_storyteller_s_text_as_well() -> None:
+    layout = read_layout(Path(__file__).parents[2] / "weights" / "storyteller")
+    model = load_layout(layout, device=torch.device("cpu"), dtype=torch.float32)
+    text = random_prompt(1, seed=3)
+    writer = make_engine(model, vocab_size=layout.config.vocab_size, num_blocks=300)
+    drawn = writer.generate(text, SamplingParams(max_tokens=250, temperature=0.8, seed=2))
+    text += [output.token_id for _, output in drawn if output.token_id is not None]
+
+    def score(kv_cache_dtype: torch.dtype) -> list[TopLogprobs]:
+        engine = make_engine(
+            model,
+            vocab_size=layout.config.vocab_size,
+            num_blocks=300,
+            attention=PagedAttention,
+            kv_cache_dtype=kv_cache_dtype,
+        )
+        request = Request(text, SamplingParams(max_tokens=1, prompt_logprobs=1))
+        return run(engine, [request])[0][0].prompt_logprobs
+
+    exact, rounded = score(torch.float32), score(torch.float8_e4m3fn)
+
+    loss, found = (-sum(one.logprob for one in some) / len(some) for some in (exact, rounded))
+    assert math.exp(abs(found - loss)) < 1.01  # perplexity within a percent
+    agree = sum(a.token_ids[0] == b.token_ids[0] for a, b in zip(exact, rounded, strict=True))
+    assert agree > 0.9 * len(exact)
+    assert found != loss

@@ -11,7 +11,7 @@ from engine.linear import Head, PackedLinear, PackedMLP, can_pack
 from model.config import Activation, GPTConfig
 from model.gpt import ACTIVATIONS, MLP
 
-BUDGET = EngineConfig().max_num_scheduled_tokens
+BUDGET = EngineConfig().step_tokens
 DTYPES = [torch.float32, torch.bfloat16]
 
 pytestmark = pytest.mark.skipif(

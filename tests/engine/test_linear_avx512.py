@@ -24,7 +24,7 @@ from model.config import Activation, GPTConfig
 from model.gpt import ACTIVATIONS
 from tests.tiny_models import gpt_with_outliers, tiny_config, tiny_gpt
 
-BUDGET = EngineConfig().max_num_scheduled_tokens
+BUDGET = EngineConfig().step_tokens
 CPU = torch.device("cpu")
 PRECISIONS = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 IDS = ["float32", "bfloat16", "int8"]

@@ -9,6 +9,8 @@ from model.config import GPTConfig
 
 GPT2 = GPTConfig()
 BLOCK_BYTES = 16 * 2 * 12 * 768 * 2  # tokens, K and V, layers, width, bfloat16
+from weights.ledger import kv_bytes_per_token
+
 GB = 10**9
 
 
@@ -52,6 +54,21 @@ def test_an_explicit_size_is_taken_as_it_is() -> None:
 
     assert in_bytes.num_blocks == in_blocks.num_blocks == 300
     assert in_bytes.num_full_sequences == 4
+
+
+def test_a_cache_of_smaller_values_holds_more_of_them() -> None:
+    def blocks(kv_cache_dtype: str) -> int:
+        return plan_memory(
+            GPT2,
+            EngineConfig(),
+            bytes_per_value=2,
+            kv_bytes_per_token=kv_bytes_per_token(GPT2, kv_cache_dtype),
+            weights_bytes=250_000_000,
+            available_bytes=100 * GB,
+            kv_cache_bytes=300 * BLOCK_BYTES,
+        ).num_blocks
+
+    assert (blocks("bfloat16"), blocks("float8"), blocks("float32")) == (300, 600, 150)
 
 
 def test_room_for_less_than_one_context_is_refused_with_the_number_needed() -> None:

@@ -1,0 +1,105 @@
+"""Check and time the GPU path in one go, and write what came out as Markdown, with the goals.
+
+`benchmarks/gpu.sh` calls this. Every part runs by itself and has its time: what fails or takes
+longer is reported as that, and the rest goes on. `--device cpu --smoke` tries the whole on a small
+model in Triton's interpreter (`TRITON_INTERPRET=1`): its checks mean something there, its times do
+not.
+"""
+
+import argparse
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from benchmarks.gpu import checks, peers, serving, times
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.workbench import Workbench
+
+Part = Callable[[Workbench, Report], None]
+
+# In order of what would be missed most, with the seconds each may take.
+PARTS: tuple[tuple[str, Part, float], ...] = (
+    ("Machine", times.describe_machine, 20),
+    ("Kernels against float32 on the CPU", checks.check_kernels, 60),
+    ("Same bytes", checks.check_bytes, 60),
+    ("The engine against float32 on the CPU", checks.check_engine, 60),
+    ("Decoding, the engine alone", times.time_decode, 60),
+    ("First token", times.time_first_token, 20),
+    ("A step's kernels", times.profile_step, 30),
+    ("Over HTTP", serving.time_serving, 120),
+    ("What can be chosen, and what it costs", times.time_variants, 60),
+    ("Products: fixed tiles against cuBLAS", times.time_products, 30),
+    ("Attention", times.time_attention, 30),
+    ("Against a loop without cache", peers.time_loop, 20),
+    ("Against transformers, static cache", peers.time_static, 100),
+    ("Other tiles", times.time_tiles, 90),
+    # Last, because its thread may live on where it is stopped.
+    ("Against transformers, continuous batching", peers.time_continuous, 60),
+)
+
+
+class TimeIsUpError(Exception):
+    """A part took longer than it may."""
+
+
+def run(
+    *,
+    device: str,
+    is_smoke: bool,
+    out: Path,
+    limit_seconds: float,
+    parts: tuple[tuple[str, Part, float], ...] = PARTS,
+) -> Report:
+    """Run every part for which there is time, and write the report after each."""
+    report = Report(has_times=not is_smoke)
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + limit_seconds
+    bench: Workbench | None = None
+    for heading, part, seconds in parts:
+        report.parts.append(f"## {heading}")
+        began = time.monotonic()
+        if began >= end:
+            report.parts.append("Not run: the time was up.")
+        else:
+            signal.signal(signal.SIGALRM, _stop)
+            signal.setitimer(signal.ITIMER_REAL, min(seconds, end - began))
+            try:
+                bench = bench or Workbench(device=device, is_smoke=is_smoke)
+                part(bench, report)
+            except TimeIsUpError:
+                report.parts.append("Stopped: it took longer than it may.")
+            except Exception:  # one part's failure is a finding, and the others are others
+                report.parts.append(f"Failed:\n\n```\n{traceback.format_exc()}```")
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            report.parts.append(f"({time.monotonic() - began:.1f} s)")
+        (out / "gpu.md").write_text(report.markdown(), encoding="utf-8")
+    return report
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise TimeIsUpError
+
+
+def main() -> None:
+    """Read the options, run, print the goals."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--smoke", action="store_true", help="a small model, and few of everything")
+    parser.add_argument("--out", type=Path, default=Path("gpu-report"))
+    parser.add_argument("--limit-seconds", type=float, default=430)
+    arguments = parser.parse_args()
+    report = run(
+        device=arguments.device,
+        is_smoke=arguments.smoke,
+        out=arguments.out,
+        limit_seconds=arguments.limit_seconds,
+    )
+    print(report.markdown())
+
+
+if __name__ == "__main__":
+    main()
