@@ -1,4 +1,4 @@
-"""The parts of a CPU step by themselves, at GPT-2 124M's sizes: products, and attention.
+"""The parts of a CPU step at GPT-2 124M's sizes: products, attention, all layers by phases.
 
 `python -m benchmarks.kernels` alternates ours and oneDNN's packed product, each over copies that
 no cache holds together.
@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -17,9 +18,11 @@ from torch import Tensor
 from engine.attention_cpu import CPUPagedAttention
 from engine.batch import ModelInput
 from engine.kv_cache import KVCache
+from engine.layers_avx512 import PHASES_A_LAYER, FusedLayers
 from engine.linear import PackedLinear
 from engine.linear_avx512 import FusedLinear
 from model.config import GPTConfig
+from model.gpt import GPT
 
 _CONFIG = GPTConfig()  # GPT-2 124M
 _SHAPES = {"c_attn": (2304, 768), "c_proj": (768, 768), "c_fc": (3072, 768),
@@ -49,15 +52,73 @@ def products(rows: int, rounds: int) -> Table:
             weight, x = torch.randn(num_out, num_in) * 0.02, torch.randn(rows, num_in)
             half, half_x = weight.bfloat16(), x.bfloat16()
             kinds = [
-                (FusedLinear(half), half_x),
+                (FusedLinear(half), x),
                 (PackedLinear(half, None), half_x),
-                (FusedLinear(half, quantizes=True), half_x),
+                (FusedLinear(half, quantizes=True), x),
                 (FusedLinear(weight), x),
                 (PackedLinear(weight, None), x),
             ]
             for kind, (product, given) in zip(calls, kinds, strict=True):
                 kind.append(lambda product=product, given=given: product(given))  # type: ignore[misc]
         table.add_row(name, *map(str, median_microseconds(calls, rounds)))
+    return table
+
+
+def _batch(num_sequences: int, rows: int, length: int) -> ModelInput:
+    """The last rows of sequences of one length."""
+    tables = torch.arange(1, num_sequences * 64 + 1).view(num_sequences, 64).int()
+    sequences = torch.arange(num_sequences).repeat_interleave(rows)
+    positions = (torch.arange(rows) + length - rows).repeat(num_sequences)
+    return ModelInput(
+        tokens=positions, positions=positions, row_sequences=sequences, block_tables=tables,
+        slot_blocks=tables[sequences, positions // 16].long(), slot_offsets=positions % 16,
+    )  # fmt: skip
+
+
+def _cache(batch: ModelInput, dtype: torch.dtype) -> KVCache:
+    num_blocks = batch.block_tables.numel() + 1
+    cache = KVCache(_CONFIG, num_blocks=num_blocks, block_size=16, dtype=dtype, device="cpu")
+    # Memory that nobody wrote is the same page everywhere, and so in the nearest cache.
+    cache.k.fill_(1)
+    cache.v.fill_(1)
+    return cache
+
+
+def layers(shapes: Sequence[tuple[int, int, int]], rounds: int) -> Table:
+    """All layers in one call, as a step runs them: where its time goes, phase by phase."""
+    kinds = [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)]
+    table = Table(title="phases of all layers in a step, ms")
+    for heading in (
+        "",
+        "sequences",
+        "rows of each",
+        "last position",
+        *dict.fromkeys(PHASES_A_LAYER),
+    ):
+        table.add_column(heading, justify="right")
+    table.add_column("all, as called", justify="right")
+    for dtype, quantizes in kinds:
+        fused = FusedLayers(GPT(_CONFIG).to(dtype), quantizes=quantizes)
+        for shape in shapes:
+            batch = _batch(*shape)
+            attend = CPUPagedAttention(_CONFIG, _cache(batch, dtype), batch)
+            x = torch.randn(len(batch.positions), _CONFIG.n_embd).to(dtype)
+            times, shares = [], []
+            for _ in range(rounds + 2):
+                start = time.perf_counter()
+                fused(x, attend)
+                times.append(time.perf_counter() - start)
+                # Of a phase that did not run, the end is the one's before.
+                ends = np.maximum.accumulate(fused.phase_ends.reshape(-1))
+                spent = np.diff(ends, prepend=ends[0]).reshape(fused.phase_ends.shape).sum(0)
+                shares.append(spent / spent.sum())
+            milliseconds = 1e3 * statistics.median(times[2:])
+            found = dict.fromkeys(PHASES_A_LAYER, 0.0)
+            for name, share in zip(PHASES_A_LAYER, np.median(shares[2:], 0), strict=True):
+                found[name] += milliseconds * share
+            kind = "int8" if quantizes else str(dtype).removeprefix("torch.")
+            columns = [f"{value:.2f}" for value in (*found.values(), milliseconds)]
+            table.add_row(kind, *map(str, shape), *columns)
     return table
 
 
@@ -68,14 +129,7 @@ def attention(rounds: int) -> Table:
     for heading in ("sequences", "rows of each", "last position", *headings):
         table.add_column(heading, justify="right")
     for num_sequences, rows, length in ((1, 1, 64), (32, 1, 64), (32, 1, 256), (1, 512, 512)):
-        num_blocks = num_sequences * 64 + 1
-        tables = torch.arange(1, num_blocks).view(num_sequences, 64).int()
-        sequences = torch.arange(num_sequences).repeat_interleave(rows)
-        positions = (torch.arange(rows) + length - rows).repeat(num_sequences)
-        batch = ModelInput(
-            tokens=positions, positions=positions, row_sequences=sequences, block_tables=tables,
-            slot_blocks=tables[sequences, positions // 16].long(), slot_offsets=positions % 16,
-        )  # fmt: skip
+        batch = _batch(num_sequences, rows, length)
         found = []
         for dtype, cache_dtype in (
             (torch.bfloat16, torch.bfloat16),
@@ -83,14 +137,8 @@ def attention(rounds: int) -> Table:
             (torch.float32, torch.float32),
             (torch.float32, torch.int8),
         ):
-            cache = KVCache(
-                _CONFIG, num_blocks=num_blocks, block_size=16, dtype=cache_dtype, device="cpu"
-            )
-            # Memory that nobody wrote is the same page everywhere, and so in the nearest cache.
-            cache.k.fill_(1)
-            cache.v.fill_(1)
-            attend = CPUPagedAttention(_CONFIG, cache, batch)
-            q, k, v = torch.randn(len(positions), 3, 12, 64).to(dtype).unbind(1)
+            attend = CPUPagedAttention(_CONFIG, _cache(batch, cache_dtype), batch)
+            q, k, v = torch.randn(len(batch.positions), 3, 12, 64).to(dtype).unbind(1)
             calls = [
                 lambda layer=layer, attend=attend, q=q, k=k, v=v: attend(layer, q, k, v)
                 for layer in range(_CONFIG.n_layer)
@@ -111,6 +159,8 @@ def main() -> None:
         for rows in arguments.rows:
             console.print(products(rows, arguments.rounds))
         console.print(attention(arguments.rounds))
+        shapes = [(rows, 1, 64) for rows in arguments.rows] + [(1, 256, 256)]
+        console.print(layers(shapes, arguments.rounds))
 
 
 if __name__ == "__main__":

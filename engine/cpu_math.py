@@ -4,7 +4,10 @@ Plain functions to Python: the kernels close over them, and where a compiled fun
 over, numba's cache on disk never finds the kernel again.
 """
 
+import hashlib
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -14,6 +17,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[Any]
+
+# What compiled kernels are made of.
+_SOURCES = ("*cpu*.py", "*avx512*.py", "vectors.py", "draw.py", "random_stream.py")
+
+
+def _keep_kernels_by_source() -> None:
+    """Let compiled kernels be found again only as long as nothing they are made of has changed.
+
+    numba's cache looks at the file of a kernel alone: after an upgrade of what the kernel calls, it
+    would go on with the old code. So each state of the sources has a folder of its own, below
+    NUMBA_CACHE_DIR, or else beside the code if that can be written, or else in the user's cache.
+    """
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _SOURCES for path in here.glob(pattern)):
+        digest.update(path.read_bytes())
+    if numba.config.CACHE_DIR:
+        base = Path(numba.config.CACHE_DIR)
+    elif os.access(here, os.W_OK):
+        base = here / "__pycache__"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvik"
+    numba.config.CACHE_DIR = str(base / f"kernels-{digest.hexdigest()[:16]}")
+
+
+_keep_kernels_by_source()
 
 # What kernels may do to sums and products. Sums are reordered for vector registers, the same way
 # for every row; infinities and NaN survive, or a broken row would pass for a good one.

@@ -386,7 +386,19 @@ def _phases(kind: int, input_type: Any, sum_type: Any, bring: Any, finish_sum: A
             finish(counts, phase)
         wait(counts, phase, num_groups)
 
-    return Phases(prepare, multiply, input_type)
+    return Phases(_importable(prepare, kind), _importable(multiply, kind), input_type)
+
+
+def _importable(function: Any, kind: int) -> Any:
+    """Give a function a name of its own in this module.
+
+    Kernels close over it. numba finds a kernel on the disk by a hash of what it closes over, and a
+    function that cannot be imported by its name has another hash in every process.
+    """
+    name = f"_{function.__name__}_{kind}"
+    function.__name__ = function.__qualname__ = name
+    globals()[name] = function
+    return function
 
 
 PHASES = {

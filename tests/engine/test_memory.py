@@ -6,11 +6,10 @@ from engine.config import EngineConfig
 from engine.errors import DoesNotFit
 from engine.memory import MemoryPlan, plan_memory, working_bytes
 from model.config import GPTConfig
+from weights.ledger import kv_bytes_per_token
 
 GPT2 = GPTConfig()
 BLOCK_BYTES = 16 * 2 * 12 * 768 * 2  # tokens, K and V, layers, width, bfloat16
-from weights.ledger import kv_bytes_per_token
-
 GB = 10**9
 
 
