@@ -216,12 +216,6 @@ class FusedLayers(nn.Module):
         return [FusedLinear.of(weights, layer=0) for weights in some]
 
     @property
-    def num_bytes(self) -> int:
-        """What the packed weights hold in memory."""
-        every = (self._attn, self._attn_proj, self._fc, self._fc_proj)
-        return sum(weights.num_bytes for weights in every)
-
-    @property
     def phase_ends(self) -> Array:
         """When the phases of the last call ended, (n_layer, phases), in ticks of some clock.
 

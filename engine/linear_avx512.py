@@ -492,11 +492,6 @@ class PackedWeights:
             self._offset, self.num_outputs,
         )  # fmt: skip
 
-    @property
-    def num_bytes(self) -> int:
-        """What it holds in memory."""
-        return sum(array.nbytes for array in self.weights[:-1])
-
     def inputs(self, num_rows: int, scratch: Scratch, name: str) -> Inputs:
         """Make room for rows of its inputs."""
         phases = PHASES[self.kind]
@@ -546,11 +541,6 @@ class FusedLinear(nn.Module):
         self._layer = layer
         self._activation = ACTIVATION_NUMBERS[activation]
         self._scratch = Scratch()
-
-    @property
-    def num_bytes(self) -> int:
-        """What the packed weights hold in memory."""
-        return self._weights.num_bytes
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map x (N, in) to (N, out), plus a residual (N, out)."""

@@ -25,6 +25,7 @@ from engine.cuda_graph import (
 from engine.draw import draw as draw_by_definition
 from engine.kv_cache import KVCache
 from engine.linear import Head, pack
+from engine.linear_avx512 import PackedWeights
 from engine.messages import TopLogprobs
 from engine.sampler import sample, token_logprobs
 from engine.sampling_row import SamplingRow
@@ -276,6 +277,8 @@ def _count_bytes(value: object, held: dict[int, int]) -> None:
         held[id(value) if is_packed else value.data_ptr()] = value.numel() * value.itemsize
     elif isinstance(value, np.ndarray):
         held[value.ctypes.data] = value.nbytes
+    elif isinstance(value, PackedWeights):
+        _count_bytes(value.weights, held)
     elif isinstance(value, dict):
         for part in value.values():
             _count_bytes(part, held)
