@@ -85,7 +85,7 @@ class Scratch:
 
 
 class CPUPagedAttention:
-    """An `Attend` equal to `PagedAttention`, for caches in float32 and bfloat16.
+    """An `Attend` equal to `PagedAttention` for caches in float32 and bfloat16; int8 is its alone.
 
     A row's result is the same arithmetic in the same order whatever tile it is in: the same bytes
     alone, batched or chunked, and for any size of blocks.
