@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from engine.batch import ModelInput
-from engine.cpu_math import FAST_MATH, Array, view
+from engine.cpu_math import KERNEL, Array, view
+from engine.cpu_tasks import counters, finish, take, team, wait
 from engine.kv_cache import KVCache
 from engine.vectors import (
     LANES,
@@ -85,7 +86,7 @@ class Scratch:
 
 
 class CPUPagedAttention:
-    """An `Attend` equal to `PagedAttention`, for caches in float32 and bfloat16.
+    """An `Attend` equal to `PagedAttention` for caches in float32 and bfloat16; int8 is its alone.
 
     A row's result is the same arithmetic in the same order whatever tile it is in: the same bytes
     alone, batched or chunked, and for any size of blocks.
@@ -99,23 +100,19 @@ class CPUPagedAttention:
         self.offsets = batch.slot_offsets.numpy()
         tiles = Tiles(batch)
         self.tiles = tiles.table
-        self.scratch = Scratch(config, num_threads=_num_threads(), length=tiles.length)
+        num_threads = torch.get_num_threads()
+        self.scratch = Scratch(config, num_threads=num_threads, length=tiles.length)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend in layer `layer`: q, k, v (N, H, D) -> (N, H, D)."""
         out = torch.empty(q.shape, dtype=q.dtype)
-        _attend(
-            view(torch.stack((q, k, v), 1).view(len(q), -1)), layer,
+        team(torch.get_num_threads()).run(
+            _attend, counters(2), view(torch.stack((q, k, v), 1).view(len(q), -1)), layer,
             np.float32(self._scales[layer]), view(self.cache.k), view(self.cache.v),
             self.blocks, self.offsets, self.tables, self.tiles, self.scratch.values,
             self.scratch.keys, view(out.view(len(q), -1)),
         )  # fmt: skip
         return out
-
-
-def _num_threads() -> int:
-    """As many as any kernel has that attends: the one below follows numba, the others torch."""
-    return max(int(numba.get_num_threads()), torch.get_num_threads())
 
 
 @_jitable
@@ -247,15 +244,26 @@ def _list_keys(
         keys[thread, place] = last
 
 
-@numba.njit(parallel=True, nogil=True, cache=True, boundscheck=False, fastmath=FAST_MATH)
+@numba.njit(**KERNEL)
 def _attend(
-    qkv: Array, layer: Any, scale: Any, cache_k: Array, cache_v: Array, blocks: Array,
-    offsets: Array, tables: Array, tiles: Array, values: Array, keys: Array, out: Array,
+    thread: Any, num_threads: Any, counts: Array, qkv: Array, layer: Any, scale: Any,
+    cache_k: Array, cache_v: Array, blocks: Array, offsets: Array, tables: Array, tiles: Array,
+    values: Array, keys: Array, out: Array,
 ) -> None:  # fmt: skip
-    for row in numba.prange(len(qkv)):
+    num_rows, num_tasks = len(qkv), len(tiles) * cache_k.shape[2]
+    while True:
+        row = take(counts, 0)
+        if row >= num_rows:
+            break
         write_task(row, layer, qkv, cache_k, cache_v, blocks, offsets)
-    for task in numba.prange(len(tiles) * cache_k.shape[2]):
+        finish(counts, 0)
+    wait(counts, 0, num_rows)
+    while True:
+        task = take(counts, 1)
+        if task >= num_tasks:
+            break
         attend_task(
-            task, numba.get_thread_id(), layer, scale, qkv, cache_k, cache_v, tables, tiles,
-            values, keys, out,
+            task, thread, layer, scale, qkv, cache_k, cache_v, tables, tiles, values, keys, out
         )  # fmt: skip
+        finish(counts, 1)
+    wait(counts, 1, num_tasks)

@@ -2,6 +2,7 @@
 
 import math
 import mmap
+from contextlib import suppress
 from typing import Any
 
 import numba
@@ -20,7 +21,8 @@ def huge_pages(shape: tuple[int, ...], dtype: Any) -> Array:
         return np.zeros(shape, dtype)
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a system built without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, dtype).reshape(shape)
 
 

@@ -12,6 +12,7 @@ import os
 import platform
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -68,7 +69,8 @@ class Team:
         """Keep the other threads off the caller's core.
 
         The system likes to wake a thread where it was woken from, and to move it milliseconds
-        later: by then the step is over.
+        later: by then the step is over. It may refuse, where the process has been given other
+        cores since or may not choose: a step is slower for it, and no more.
         """
         core = _libc.sched_getcpu()
         if core == self._core:
@@ -77,7 +79,8 @@ class Team:
         others = self._cores - {core}
         for thread in self._threads:
             assert thread.native_id is not None
-            os.sched_setaffinity(thread.native_id, others)
+            with suppress(OSError):
+                os.sched_setaffinity(thread.native_id, others)
 
 
 def _follow(thread: int, inbox: "SimpleQueue[_Call]") -> None:

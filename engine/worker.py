@@ -1,6 +1,6 @@
 """The engine's own process: an inbox, steps, one frame a step; knows no text and no HTTP.
 
-Started as `python -m engine.worker SOCKET_FD RECORDER_FD PARENT_PID` by `engine/client.py`.
+Started as `python -m engine.worker SOCKET_FD RECORDER_FD PARENT_PID` by `engine/worker_process.py`.
 """
 
 import gc

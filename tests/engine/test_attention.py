@@ -324,3 +324,23 @@ def test_reference_reads_nothing_back_to_the_host() -> None:
         y = PagedAttention(config, cache, batch)(0, q, k, v)
 
     assert y.shape == (5, config.n_head, config.head_size)
+
+
+@pytest.mark.parametrize("dtype", CACHES)
+def test_several_threads_give_what_one_gives(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = make_config(head_size=11)
+    spans = [(0, 20), (3, 4), (40, 41), (7, 30)]
+    q, k, v = qkv(config, 45, dtype)
+    cache = make_cache(config, dtype=dtype)
+    batch = make_input(cache, spans, n_ctx=config.n_ctx)
+    alone = CPUPagedAttention(config, cache, batch)(1, q, k, v)
+    before = torch.get_num_threads()
+
+    found = []
+    for num_threads in (2, 3) * 20:
+        torch.set_num_threads(num_threads)
+        found.append(CPUPagedAttention(config, cache, batch)(1, q, k, v))
+    torch.set_num_threads(before)
+
+    assert all(torch.equal(out, alone) for out in found)

@@ -1,5 +1,6 @@
 """Threads that share out phases: every task once, in its phase, whoever comes and whenever."""
 
+import os
 import threading
 from typing import Any
 
@@ -76,6 +77,39 @@ def test_the_caller_does_not_wait_for_one_who_never_comes() -> None:
     counts, values = counters(10), start_values(10)
     team.run(kernel, counts, values)
     gate.set()
+
+    assert np.array_equal(values[-1], expected(10))
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="one core, or a system that does not let us choose",
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_cannot_be_kept_apart_stops_nobody() -> None:
+    cores = os.sched_getaffinity(0)
+    team = Team(2)
+    gone: list[threading.Thread] = []
+    is_noted = threading.Event()
+
+    def leave(thread: int, _: int) -> None:
+        if thread == 1:
+            gone.append(threading.current_thread())
+            is_noted.set()
+            raise SystemExit  # of the thread alone
+
+    values = start_values(10)
+    try:
+        for core in sorted(cores)[:2]:  # wherever the caller was before, it moves
+            os.sched_setaffinity(0, {core})
+            if not gone:
+                team.run(leave)
+                is_noted.wait()
+                gone[0].join()
+            else:
+                team.run(add_up, counters(10), values)
+    finally:
+        os.sched_setaffinity(0, cores)
 
     assert np.array_equal(values[-1], expected(10))
 

@@ -164,6 +164,21 @@ def test_a_row_that_is_not_finite_stays_so_and_alone(
     assert torch.equal(y[others], expected[others])
 
 
+def prompt_of_20() -> ModelInput:
+    positions = torch.arange(20)
+    tables = torch.tensor([[3, 1, 5, 2, 4]], dtype=torch.int32)
+    return ModelInput(
+        tokens=positions % 10, positions=positions,
+        row_sequences=torch.zeros(20, dtype=torch.int64), block_tables=tables,
+        slot_blocks=tables[0, positions // 4].long(), slot_offsets=positions % 4,
+    )  # fmt: skip
+
+
+def attention(config: GPTConfig, dtype: torch.dtype, batch: ModelInput) -> CPUPagedAttention:
+    cache = KVCache(config, num_blocks=6, block_size=4, dtype=dtype, device="cpu")
+    return CPUPagedAttention(config, cache, batch)
+
+
 @in_every_precision
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False])
@@ -174,17 +189,10 @@ def test_fused_layers_equal_the_model_s(
         n_layer=3, n_head=2, n_embd=48, n_ctx=32, vocab_size=10, activation=activation, bias=bias
     )
     model = tiny_gpt(config).to(dtype).requires_grad_(False)
-    tokens, positions = torch.arange(20) % 10, torch.arange(20)
-    cache = KVCache(config, num_blocks=6, block_size=4, dtype=dtype, device="cpu")
-    tables = torch.tensor([[3, 1, 5, 2, 4]], dtype=torch.int32)
-    batch = ModelInput(
-        tokens=tokens, positions=positions, row_sequences=torch.zeros(20, dtype=torch.int64),
-        block_tables=tables, slot_blocks=tables[0, positions // 4].long(),
-        slot_offsets=positions % 4,
-    )  # fmt: skip
-    x = model.wte(tokens) + model.wpe(positions)
+    batch = prompt_of_20()
+    x = model.wte(batch.tokens) + model.wpe(batch.positions)
 
-    y = FusedLayers(model, quantizes=quantizes)(x, CPUPagedAttention(config, cache, batch))
+    y = FusedLayers(model, quantizes=quantizes)(x, attention(config, dtype, batch))
 
     model.double()
     expected, attend = x.double()[None], CausalAttention(config)
@@ -192,6 +200,26 @@ def test_fused_layers_equal_the_model_s(
         expected = block(expected, attend)
     limit = 4e-2 if quantizes else 1e-6 if dtype == torch.float32 else 1e-2
     assert relative_error(y, expected[0]) < limit
+
+
+@in_every_precision
+def test_several_threads_give_what_one_gives(dtype: torch.dtype, quantizes: bool) -> None:
+    # Of a width and a head size that no vector, no pair and no four of inputs fits.
+    config = GPTConfig(n_layer=3, n_head=3, n_embd=99, n_ctx=32, vocab_size=10)
+    model = tiny_gpt(config).to(dtype).requires_grad_(False)
+    layers, batch = FusedLayers(model, quantizes=quantizes), prompt_of_20()
+    x = model.wte(batch.tokens) + model.wpe(batch.positions)
+    alone = layers(x, attention(config, dtype, batch))
+    before = torch.get_num_threads()
+
+    found = []
+    for num_threads in (2, 3) * 20:
+        torch.set_num_threads(num_threads)
+        found.append(layers(x, attention(config, dtype, batch)))
+    torch.set_num_threads(before)
+
+    assert alone.isfinite().all()
+    assert all(torch.equal(y, alone) for y in found)
 
 
 def test_eight_bits_bear_an_offset_and_loud_channels() -> None:
