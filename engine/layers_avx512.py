@@ -186,7 +186,7 @@ class FusedLayers(nn.Module):
     """All layers of a model, over the paged cache of a CPU."""
 
     def __init__(self, model: GPT, *, quantizes: bool) -> None:
-        """Pack the weights of all layers; the caller may drop its own."""
+        """Pack the weights of all layers, taking each block out of the model: memory is short."""
         super().__init__()
         config = model.config
         kind = self._kind = kind_of(model.wte.weight.dtype, quantizes=quantizes)
@@ -202,6 +202,7 @@ class FusedLayers(nn.Module):
             self._attn_proj.take(layer, attn.c_proj.weight, attn.c_proj.bias)
             self._fc.take(layer, mlp.c_fc.weight, mlp.c_fc.bias, block.ln_2)
             self._fc_proj.take(layer, mlp.c_proj.weight, mlp.c_proj.bias)
+            model.h[layer] = nn.Identity()
         self._activation = ACTIVATION_NUMBERS[config.activation]
         self._epsilon = np.float32(config.layer_norm_epsilon)
         scales = [config.attention_scale(layer) for layer in range(num_layers)]

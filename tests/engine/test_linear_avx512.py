@@ -192,7 +192,8 @@ def test_fused_layers_equal_the_model_s(
     batch = prompt_of_20()
     x = model.wte(batch.tokens) + model.wpe(batch.positions)
 
-    y = FusedLayers(model, quantizes=quantizes)(x, attention(config, dtype, batch))
+    fused = FusedLayers(copy.deepcopy(model), quantizes=quantizes)
+    y = fused(x, attention(config, dtype, batch))
 
     model.double()
     expected, attend = x.double()[None], CausalAttention(config)
