@@ -6,6 +6,7 @@ tasks of the others are done: never for a thread that has taken none. So a threa
 one after another, get through as well. Plain functions for numba's kernels; they know no model.
 """
 
+import atexit
 import ctypes
 import functools
 import os
@@ -42,9 +43,9 @@ class Team:
     def __init__(self, num_threads: int) -> None:
         self.num_threads = num_threads
         self._threads: list[threading.Thread] = []
-        self._inboxes: list[SimpleQueue[_Call]] = []
+        self._inboxes: list[SimpleQueue[_Call | None]] = []
         for thread in range(1, num_threads):
-            inbox: SimpleQueue[_Call] = SimpleQueue()
+            inbox: SimpleQueue[_Call | None] = SimpleQueue()
             self._inboxes.append(inbox)
             name = f"kvik-cpu-{thread}"
             follower = threading.Thread(
@@ -65,6 +66,13 @@ class Team:
             inbox.put(call)
         kernel(0, *call[1])
 
+    def stop(self) -> None:
+        """Let the other threads end, once they are through with what they were given."""
+        for inbox in self._inboxes:
+            inbox.put(None)
+        for thread in self._threads:
+            thread.join()
+
     def _keep_apart(self) -> None:
         """Keep the other threads off the caller's core.
 
@@ -83,17 +91,20 @@ class Team:
                 os.sched_setaffinity(thread.native_id, others)
 
 
-def _follow(thread: int, inbox: "SimpleQueue[_Call]") -> None:
-    while True:
-        kernel, arguments = inbox.get()
+def _follow(thread: int, inbox: "SimpleQueue[_Call | None]") -> None:
+    while (call := inbox.get()) is not None:
+        kernel, arguments = call
         kernel(thread, *arguments)
-        del kernel, arguments  # arrays that a step has outgrown may go
+        del call, kernel, arguments  # arrays that a step has outgrown may go
 
 
 @functools.cache
 def team(num_threads: int) -> Team:
     """The threads of this process, as many in all: there is no use in more of them than cores."""
-    return Team(num_threads)
+    found = Team(num_threads)
+    # An interpreter that ends while a thread comes back from a kernel aborts the process.
+    atexit.register(found.stop)
+    return found
 
 
 def counters(num_phases: int) -> Array:

@@ -45,6 +45,7 @@ PHASES_A_LAYER = (
     "c_fc", "quantisation", "MLP's c_proj",
 )  # fmt: skip
 _ROWS_A_TASK = 4  # of those whose keys and values are stored
+_TASKS_A_THREAD = 8  # of attention: enough of them to share out evenly
 _FEW_ROWS = 64  # whose places in the KV cache the caches hold beside the weights
 
 _jitable = numba.extending.register_jitable
@@ -97,19 +98,21 @@ def _attend(
     out: Any,
 ) -> None:  # fmt: skip
     """Attend with all rows and heads."""
-    num_tasks = len(attention.tiles) * attention.cache_k.shape[2]
+    num_pairs = len(attention.tiles) * attention.cache_k.shape[2]
+    # One pair of tile and head takes no longer than two cores fighting for a count.
+    pairs_a_task = max(1, num_pairs // (_TASKS_A_THREAD * num_threads))
+    num_tasks = (num_pairs + pairs_a_task - 1) // pairs_a_task
     while True:
         task = take(counts, phase)
         if task >= num_tasks:
             break
-        expect_attend(
-            task + num_threads, layer, attention.cache_k, attention.tables, attention.tiles
-        )
-        attend_task(
-            task, thread, layer, attention.scales[layer], qkv, attention.cache_k,
-            attention.cache_v, attention.tables, attention.tiles, attention.values, attention.keys,
-            out,
-        )  # fmt: skip
+        for pair in range(task * pairs_a_task, min((task + 1) * pairs_a_task, num_pairs)):
+            expect_attend(pair + 1, layer, attention.cache_k, attention.tables, attention.tiles)
+            attend_task(
+                pair, thread, layer, attention.scales[layer], qkv, attention.cache_k,
+                attention.cache_v, attention.tables, attention.tiles, attention.values,
+                attention.keys, out,
+            )  # fmt: skip
         finish(counts, phase)
     wait(counts, phase, num_tasks)
 
