@@ -68,7 +68,7 @@ class Tiles:
         self.length = int(positions.max()) + 1  # of the longest sequence, up to its last row
 
 
-class Scratch:
+class ThreadRoom:
     """What threads write while they work on a task: room of each one's own.
 
     `values` (threads, size) float32, each thread's on lines of its own: scaled queries (D, 8), the
@@ -93,7 +93,7 @@ class CPUPagedAttention:
     """
 
     def __init__(self, config: GPTConfig, cache: KVCache, batch: ModelInput) -> None:
-        self._scales = [config.attention_scale(layer) for layer in range(config.n_layer)]
+        self._config = config
         self.cache = cache
         self.tables = batch.block_tables.numpy()
         self.blocks = batch.slot_blocks.numpy()
@@ -101,16 +101,16 @@ class CPUPagedAttention:
         tiles = Tiles(batch)
         self.tiles = tiles.table
         num_threads = torch.get_num_threads()
-        self.scratch = Scratch(config, num_threads=num_threads, length=tiles.length)
+        self.room = ThreadRoom(config, num_threads=num_threads, length=tiles.length)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend in layer `layer`: q, k, v (N, H, D) -> (N, H, D)."""
         out = torch.empty(q.shape, dtype=q.dtype)
         team(torch.get_num_threads()).run(
             _attend, counters(2), view(torch.stack((q, k, v), 1).view(len(q), -1)), layer,
-            np.float32(self._scales[layer]), view(self.cache.k), view(self.cache.v),
-            self.blocks, self.offsets, self.tables, self.tiles, self.scratch.values,
-            self.scratch.keys, view(out.view(len(q), -1)),
+            np.float32(self._config.attention_scale(layer)), view(self.cache.k), view(self.cache.v),
+            self.blocks, self.offsets, self.tables, self.tiles, self.room.values,
+            self.room.keys, view(out.view(len(q), -1)),
         )  # fmt: skip
         return out
 

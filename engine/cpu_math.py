@@ -67,12 +67,6 @@ def view(tensor: Tensor) -> Array:
 
 
 @_inlined
-def widen(bits: Any) -> Any:
-    """The float32 that has a bfloat16's bits in its upper half."""
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
-
-
-@_inlined
 def narrow(value: Any) -> Any:
     """Round a float32 to bfloat16's bits, to nearest and ties to even; NaN stays one."""
     bits = np.float32(value).view(np.uint32)

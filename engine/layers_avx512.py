@@ -99,7 +99,7 @@ def _attend(
 ) -> None:  # fmt: skip
     """Attend with all rows and heads."""
     num_pairs = len(attention.tiles) * attention.cache_k.shape[2]
-    # One pair of tile and head takes no longer than two cores fighting for a count.
+    # Many pairs a task, one after the other: what is asked for ahead is this thread's own next.
     pairs_a_task = max(1, num_pairs // (_TASKS_A_THREAD * num_threads))
     num_tasks = (num_pairs + pairs_a_task - 1) // pairs_a_task
     while True:
@@ -237,7 +237,7 @@ class FusedLayers(nn.Module):
         cache = attend.cache
         attention = Attention(
             self._attention_scales, view(cache.k), view(cache.v), attend.blocks, attend.offsets,
-            attend.tables, attend.tiles, attend.scratch.values, attend.scratch.keys,
+            attend.tables, attend.tiles, attend.room.values, attend.room.keys,
         )  # fmt: skip
         self._counts = counters(len(self._attention_scales) * len(PHASES_A_LAYER))
         team(torch.get_num_threads()).run(
