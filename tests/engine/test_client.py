@@ -197,8 +197,11 @@ async def test_only_the_request_that_kills_the_engine_alone_is_failed(
 async def test_a_hung_worker_is_replaced(launch: LaunchConfig) -> None:
     wanted = requests(3, 400)
     async with started(launch, hang_seconds=3.0) as client:
+        steps = asyncio.Semaphore(0)
+        client.on_step = lambda output: steps.release()
         tasks = submit_all(client, wanted)
-        await asyncio.sleep(0.1)
+        for _ in range(20):
+            await steps.acquire()
         kill_worker(client, signal.SIGSTOP)
         found = await asyncio.gather(*tasks)
 
