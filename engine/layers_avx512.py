@@ -22,13 +22,9 @@ from engine.attention_cpu import (
 from engine.cpu_math import KERNEL, Array, view
 from engine.cpu_memory import Scratch, borrow
 from engine.cpu_tasks import counters, finish, phase_ends, take, team, wait
+from engine.fused_avx512 import ACTIVATION_NUMBERS, ADDED, INPUTS, INT8, STORED
 from engine.linear_avx512 import (
-    ACTIVATION_NUMBERS,
-    ADDED,
-    INPUTS,
-    INT8,
     PHASES,
-    STORED,
     FusedLinear,
     PackedWeights,
     borrow_inputs,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import linear_avx512
+from engine.fused_avx512 import BFLOAT16, FLOAT32, INT8
 from engine.layers_avx512 import FusedLayers
 from engine.linear_avx512 import FusedLinear, has_avx512
 from model.config import Activation
@@ -37,10 +37,10 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 def can_fuse(device: torch.device, dtype: torch.dtype, *, quantizes: bool = False) -> bool:
     """Whether this machine has our own kernels for a dtype, with weights of 8 bits if asked for."""
-    kinds = {torch.float32: linear_avx512.FLOAT32, torch.bfloat16: linear_avx512.BFLOAT16}
+    kinds = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
     if device.type != "cpu" or dtype not in kinds:
         return False
-    return has_avx512(linear_avx512.INT8 if quantizes else kinds[dtype])
+    return has_avx512(INT8 if quantizes else kinds[dtype])
 
 
 class PackedLinear(nn.Module):

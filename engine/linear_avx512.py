@@ -20,31 +20,30 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from torch import Tensor, nn
 
-from engine.cpu_math import (
-    KERNEL,
-    Array,
-    gelu_erf,
-    gelu_tanh,
-    narrow,
-    same,
-)
+from engine.cpu_math import KERNEL, Array
 from engine.cpu_memory import Scratch, borrow, huge_pages
 from engine.cpu_tasks import counters, finish, take, team, wait
+from engine.fused_avx512 import (
+    ACTIVATION_NUMBERS,
+    ADDED,
+    BFLOAT16,
+    BLOCKS,
+    FLOAT32,
+    INPUTS,
+    INT8,
+    STORED,
+    bring,
+    deliver,
+)
 from model.config import Activation
 
-FLOAT32, BFLOAT16, INT8 = 0, 1, 2
 _NEEDS = {FLOAT32: "avx512f", BFLOAT16: "avx512bf16", INT8: "avx512vnni"}
 _VALUES = {FLOAT32: 1, BFLOAT16: 2, INT8: 4}  # inputs that one instruction takes of a row
 
 _ROWS = 8  # of a tile: with 48 outputs it takes 24 of the 32 registers
 _LANES = 16
-_BLOCKS = 3
-_WIDTH = _BLOCKS * _LANES
+_WIDTH = BLOCKS * _LANES
 _ROWS_A_TASK = 4  # of those that are made a product's inputs
-
-STORED, ADDED, INPUTS = 0, 1, 2  # what becomes of a product
-
-ACTIVATION_NUMBERS: dict[Activation | None, int] = {None: 0, "gelu_new": 1, "gelu": 2, "relu": 3}
 
 
 def has_avx512(kind: int) -> bool:
@@ -119,14 +118,14 @@ def _tile(
         builder.position_at_end(loop)
         step = builder.phi(size)
         step.add_incoming(ir.Constant(size, 0), before)
-        totals = [[builder.phi(totals_type) for _ in range(_BLOCKS)] for _ in range(num_rows)]
+        totals = [[builder.phi(totals_type) for _ in range(BLOCKS)] for _ in range(num_rows)]
         weights_offset = builder.mul(step, ir.Constant(size, line))
         weights_at = builder.add(w, weights_offset)
         inputs_at = builder.add(x, builder.mul(step, ir.Constant(size, 4)))
         _prefetch(builder, builder.add(ahead, weights_offset))
         weights = [
             builder.load(at(weights_at, w_stride, block, words), align=line)
-            for block in range(_BLOCKS)
+            for block in range(BLOCKS)
         ]
         next_step = builder.add(step, ir.Constant(size, 1))
         step.add_incoming(next_step, loop)
@@ -164,12 +163,8 @@ _jitable = numba.extending.register_jitable
 
 @_jitable
 def _normalize(x: Any, at: Any, gain: Any, offset: Any, layer: Any, epsilon: Any, row: Any) -> None:
-    """LayerNorm of row `at` of x (N, C) into row (C,) float32; without gains, the row itself."""
+    """LayerNorm of row `at` of x (N, C) into row (C,) float32."""
     size = np.uintp(len(row))
-    if gain.shape[1] == 0:
-        for c in range(size):
-            row[c] = x[at, c]
-        return
     total = np.float32(0)
     for c in range(size):
         row[c] = x[at, c]
@@ -182,49 +177,6 @@ def _normalize(x: Any, at: Any, gain: Any, offset: Any, layer: Any, epsilon: Any
     factor = np.float32(1) / np.sqrt(squares / np.float32(size) + epsilon)
     for c in range(size):
         row[c] = row[c] * factor * gain[layer, c] + offset[layer, c]
-
-
-@_jitable
-def _round(row: Any, inputs: Any, at: Any, store: Any) -> Any:
-    """Bring a row (C,) to the inputs' precision; returns scale and zero, which mean nothing."""
-    for c in range(np.uintp(len(row))):
-        inputs[at, c] = store(row[c])
-    return np.float32(1), np.int32(0)
-
-
-@_jitable
-def _quantize(row: Any, inputs: Any, at: Any, store: Any) -> Any:
-    """Bring a row (C,) to 8 bits by its own range: value = scale * (code - zero)."""
-    size = np.uintp(len(row))
-    lowest = highest = np.float32(0)
-    for c in range(size):
-        lowest = row[c] if row[c] < lowest else lowest
-        highest = row[c] if row[c] > highest else highest
-    broken = np.float32(0)
-    for c in range(size):
-        broken += row[c] * np.float32(0)  # NaN where any value is not finite
-    scale = (highest - lowest) / np.float32(255)
-    if not scale > np.float32(0):
-        for c in range(size):
-            inputs[at, c] = np.uint8(0)
-        return np.float32(0) + broken, np.int32(0)
-    factor = np.float32(1) / scale
-    zero = np.int32(np.floor(-lowest * factor + np.float32(0.5)))
-    for c in range(size):
-        code = np.int32(np.floor(row[c] * factor + np.float32(0.5))) + zero
-        inputs[at, c] = np.uint8(min(max(code, np.int32(0)), np.int32(255)))
-    return scale + broken, zero
-
-
-@_jitable
-def _plain(total: Any, scale: Any, zero: Any, column_scale: Any, column_sum: Any) -> Any:
-    return total
-
-
-@_jitable
-def _scaled(total: Any, scale: Any, zero: Any, column_scale: Any, column_sum: Any) -> Any:
-    """The product of what the codes stand for; exact up to the last two multiplications."""
-    return np.float32(total - zero * column_sum) * (scale * column_scale)
 
 
 class Weights(NamedTuple):
@@ -265,13 +217,13 @@ def borrow_inputs(inputs: Any) -> Any:
 @_jitable
 def group_bytes(weights: Any) -> Any:
     """What the weights of 48 outputs take."""
-    return np.uintp(_BLOCKS * 4 * _LANES) * np.uintp(weights.packed.shape[2])
+    return np.uintp(BLOCKS * 4 * _LANES) * np.uintp(weights.packed.shape[2])
 
 
 @_jitable
 def layer_address(weights: Any, layer: Any) -> Any:
     """Where the weights of a layer begin."""
-    groups = np.uintp(weights.packed.shape[1] // _BLOCKS)
+    groups = np.uintp(weights.packed.shape[1] // BLOCKS)
     return np.uintp(weights.packed.ctypes.data) + np.uintp(layer) * groups * group_bytes(weights)
 
 
@@ -283,13 +235,10 @@ class Phases(NamedTuple):
     input_type: Any  # of numpy
 
 
-def _phases(kind: int, input_type: Any, sum_type: Any, bring: Any, finish_sum: Any, store: Any,
-) -> Phases:  # fmt: skip
-    """Build the phases of one kind.
-
-    `bring` makes a row the product's inputs, `store` rounds one value to them, `finish_sum` makes
-    float32 of the product's sums.
-    """
+def _phases(kind: int, input_type: Any) -> Phases:
+    """Build the phases of one kind, whose inputs are of a type."""
+    sum_type = np.int32 if kind == INT8 else np.float32
+    input_bytes = np.uintp(np.dtype(input_type).itemsize)
 
     @_jitable
     def prepare(
@@ -300,15 +249,24 @@ def _phases(kind: int, input_type: Any, sum_type: Any, bring: Any, finish_sum: A
         num_rows, size = x.shape
         num_tasks = (num_rows + _ROWS_A_TASK - 1) // _ROWS_A_TASK
         normalized = np.empty(size, np.float32)
+        has_norm = gain.shape[1] > 0
+        row_bytes = np.uintp(inputs.rows.shape[1]) * input_bytes
         while True:
             task = take(counts, phase)
             if task >= num_tasks:
                 break
             for r in range(task * _ROWS_A_TASK, min((task + 1) * _ROWS_A_TASK, num_rows)):
                 row = np.uintp(r)
-                _normalize(x, row, gain, offset, np.uintp(layer), epsilon, normalized)
-                scale, zero = bring(normalized, inputs.rows, row, store)
-                inputs.scales[row], inputs.zeros[row] = scale, zero
+                if has_norm:
+                    _normalize(x, row, gain, offset, np.uintp(layer), epsilon, normalized)
+                    at = np.uintp(normalized.ctypes.data)
+                else:
+                    at = np.uintp(x.ctypes.data) + row * np.uintp(4 * size)
+                bring(
+                    kind, at, np.uintp(size), np.uintp(inputs.rows.ctypes.data) + row * row_bytes,
+                    np.uintp(inputs.scales.ctypes.data) + np.uintp(4) * row,
+                    np.uintp(inputs.zeros.ctypes.data) + np.uintp(4) * row,
+                )  # fmt: skip
             finish(counts, phase)
         wait(counts, phase, num_tasks)
 
@@ -325,16 +283,24 @@ def _phases(kind: int, input_type: Any, sum_type: Any, bring: Any, finish_sum: A
         `following_bytes` what lies between groups of theirs.
         """
         num_rows, num_outputs = len(out), weights.num_outputs
-        num_groups = weights.packed.shape[1] // _BLOCKS
+        num_groups = weights.packed.shape[1] // BLOCKS
         steps = np.uintp(weights.packed.shape[2])
         x_bytes, block_bytes = steps * np.uintp(4), steps * np.uintp(4 * _LANES)
         own_bytes = group_bytes(weights)
         own = layer_address(weights, layer)
         x = np.uintp(inputs.rows.ctypes.data)
         at_layer = np.uintp(layer)
-        sums = np.empty((_ROWS, _WIDTH), sum_type)
-        sums_at = np.uintp(sums.ctypes.data)
-        y = np.empty(_WIDTH, np.float32)
+        sums = np.empty((_ROWS * _WIDTH + _LANES,), sum_type)
+        padded = np.uintp(weights.bias.shape[1])
+        bias = np.uintp(weights.bias.ctypes.data)
+        column_scales = np.uintp(weights.column_scales.ctypes.data)
+        column_sums = np.uintp(weights.column_sums.ctypes.data)
+        if becomes == INPUTS:
+            out_at, out_bytes = np.uintp(out_inputs.ctypes.data), input_bytes
+            out_width = np.uintp(out_inputs.shape[1])
+        else:
+            out_at, out_bytes = np.uintp(out.ctypes.data), np.uintp(4)
+            out_width = np.uintp(out.shape[1])
         while True:
             group = take(counts, phase)
             if group >= num_groups:
@@ -348,41 +314,23 @@ def _phases(kind: int, input_type: Any, sum_type: Any, bring: Any, finish_sum: A
             # Indices are unsigned: one that might be negative keeps a loop from being vectorised,
             # and a slice counts its references, which threads would wait for.
             first = np.uintp(group * _WIDTH)
+            # Here, or the array would not outlive it; on a line's beginning.
+            sums_at = (np.uintp(sums.ctypes.data) + np.uintp(63)) & ~np.uintp(63)
             width = np.uintp(min(_WIDTH, num_outputs - group * _WIDTH))
+            at = np.uintp(4) * (at_layer * padded + first)
             for start in range(0, num_rows, _ROWS):
                 rows = np.uintp(min(_ROWS, num_rows - start))
                 turn = np.uintp(start // _ROWS)
-                reads_ahead = num_rows > _ROWS and turn < np.uintp(_BLOCKS)
+                reads_ahead = num_rows > _ROWS and turn < np.uintp(BLOCKS)
                 asked = ahead + turn * block_bytes if reads_ahead else group_at
                 _tile(kind, rows, x + np.uintp(start) * x_bytes, group_at, steps, asked, sums_at)
                 for r in range(rows):
                     row = np.uintp(start) + r
-                    scale, zero = inputs.scales[row], inputs.zeros[row]
-                    for c in range(np.uintp(_WIDTH)):
-                        at = first + c
-                        total = finish_sum(
-                            sums[r, c], scale, zero, weights.column_scales[at_layer, at],
-                            weights.column_sums[at_layer, at],
-                        )  # fmt: skip
-                        y[c] = total + weights.bias[at_layer, at]
-                    if activation == 1:
-                        for c in range(np.uintp(_WIDTH)):
-                            y[c] = gelu_tanh(y[c])
-                    elif activation == 2:
-                        for c in range(np.uintp(_WIDTH)):
-                            y[c] = gelu_erf(y[c])
-                    elif activation == 3:
-                        for c in range(np.uintp(_WIDTH)):  # NaN stays: comparing with it is false
-                            y[c] = np.float32(0) if y[c] < np.float32(0) else y[c]
-                    if becomes == INPUTS:
-                        for c in range(width):
-                            out_inputs[row, first + c] = store(y[c])
-                    elif becomes == ADDED:
-                        for c in range(width):
-                            out[row, first + c] += y[c]
-                    else:
-                        for c in range(width):
-                            out[row, first + c] = y[c]
+                    deliver(
+                        kind, sums_at + r * np.uintp(4 * _WIDTH), width, inputs.scales[row],
+                        inputs.zeros[row], column_scales + at, column_sums + at, bias + at,
+                        activation, becomes, out_at + out_bytes * (row * out_width + first),
+                    )  # fmt: skip
             finish(counts, phase)
         wait(counts, phase, num_groups)
 
@@ -402,9 +350,9 @@ def _importable(function: Any, kind: int) -> Any:
 
 
 PHASES = {
-    FLOAT32: _phases(FLOAT32, np.float32, np.float32, _round, _plain, same),
-    BFLOAT16: _phases(BFLOAT16, np.uint16, np.float32, _round, _plain, narrow),
-    INT8: _phases(INT8, np.uint8, np.int32, _quantize, _scaled, same),
+    FLOAT32: _phases(FLOAT32, np.float32),
+    BFLOAT16: _phases(BFLOAT16, np.uint16),
+    INT8: _phases(INT8, np.uint8),
 }
 
 
