@@ -44,6 +44,7 @@ _ROWS = 8  # of a tile: with 48 outputs it takes 24 of the 32 registers
 _LANES = 16
 _WIDTH = BLOCKS * _LANES
 _ROWS_A_TASK = 4  # of those that are made a product's inputs
+_FEW_ROWS = 4  # so few wait for memory alone, and the processor's own looking ahead serves best
 
 
 def has_avx512(kind: int) -> bool:
@@ -57,15 +58,15 @@ def has_avx512(kind: int) -> bool:
 
 @numba.extending.intrinsic(prefer_literal=True)
 def _tile(
-    context: Any, kind: Any, rows: Any, inputs: Any, weights: Any, steps: Any, ahead: Any,
-    sums: Any,
+    context: Any, kind: Any, rows: Any, inputs: Any, weights: Any, steps: Any, asked: Any,
+    asked_a_step: Any, sums: Any,
 ) -> Any:  # fmt: skip
     """Multiply 1 to 8 rows of inputs with the 48 outputs of a packed group, over all steps.
 
     All but kind, rows and steps are addresses. sums (8, 48) float32, or int32 for INT8, are
-    overwritten as far as there are rows; 64 bytes a step are asked for from `ahead` on, where the
-    next weights lie: so memory works while the processor multiplies. The instructions: fused
-    multiply-add, VDPBF16PS and VPDPBUSD.
+    overwritten as far as there are rows. 64 or 192 bytes a step are asked for from `asked` on,
+    where the next weights lie: so memory works while the processor multiplies. The instructions:
+    fused multiply-add, VDPBF16PS and VPDPBUSD.
     """
     which = kind.literal_value
     word = ir.IntType(32)
@@ -86,7 +87,7 @@ def _tile(
         return call("llvm.fma.v16f32", *(builder.bitcast(x, totals_type) for x in (a, b)), total)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, rows, x, w, steps, ahead, out = arguments
+        rows = arguments[1]
         after = builder.append_basic_block()
         unreachable = builder.append_basic_block()
         switch = builder.switch(rows, unreachable)
@@ -94,16 +95,15 @@ def _tile(
             case = builder.append_basic_block()
             switch.add_case(ir.Constant(rows.type, num_rows), case)
             builder.position_at_end(case)
-            generate_case(builder, num_rows, x, w, steps, ahead, out)
+            generate_case(builder, num_rows, arguments[2:])
             builder.branch(after)
         builder.position_at_end(unreachable)
         builder.unreachable()
         builder.position_at_end(after)
         return context.get_dummy_value()
 
-    def generate_case(
-        builder: Any, num_rows: int, x: Any, w: Any, steps: Any, ahead: Any, out: Any
-    ) -> None:
+    def generate_case(builder: Any, num_rows: int, arguments: Any) -> None:
+        x, w, steps, asked, asked_a_step, out = arguments
         size = steps.type
 
         def at(address: Any, stride: Any, count: int, kind: Any) -> Any:
@@ -122,13 +122,17 @@ def _tile(
         weights_offset = builder.mul(step, ir.Constant(size, line))
         weights_at = builder.add(w, weights_offset)
         inputs_at = builder.add(x, builder.mul(step, ir.Constant(size, 4)))
-        _prefetch(builder, builder.add(ahead, weights_offset))
+        asked_at = builder.add(asked, builder.mul(step, asked_a_step))
+        _prefetch(builder, asked_at)
+        with builder.if_then(builder.icmp_unsigned(">", asked_a_step, ir.Constant(size, line))):
+            for block in range(1, BLOCKS):
+                _prefetch(builder, builder.add(asked_at, ir.Constant(size, line * block)))
         weights = [
             builder.load(at(weights_at, w_stride, block, words), align=line)
             for block in range(BLOCKS)
         ]
         next_step = builder.add(step, ir.Constant(size, 1))
-        step.add_incoming(next_step, loop)
+        step.add_incoming(next_step, builder.block)
         nothing = ir.Constant(words, ir.Undefined)
         results = []
         for row in range(num_rows):
@@ -138,7 +142,7 @@ def _tile(
             for total, weight in zip(totals[row], weights, strict=True):
                 result = multiply(builder, total, lanes, weight)
                 total.add_incoming(ir.Constant(totals_type, None), before)
-                total.add_incoming(result, loop)
+                total.add_incoming(result, builder.block)
                 results.append(result)
         builder.cbranch(builder.icmp_unsigned("<", next_step, steps), loop, done)
         builder.position_at_end(done)
@@ -146,7 +150,7 @@ def _tile(
             builder.store(result, at(out, ir.Constant(size, line), place, totals_type), align=4)
 
     place = types.uintp
-    return types.void(kind, place, place, place, place, place, place), generate
+    return types.void(kind, place, place, place, place, place, place, place), generate
 
 
 def _prefetch(builder: Any, address: Any) -> None:
@@ -321,9 +325,16 @@ def _phases(kind: int, input_type: Any) -> Phases:
             for start in range(0, num_rows, _ROWS):
                 rows = np.uintp(min(_ROWS, num_rows - start))
                 turn = np.uintp(start // _ROWS)
-                reads_ahead = num_rows > _ROWS and turn < np.uintp(BLOCKS)
-                asked = ahead + turn * block_bytes if reads_ahead else group_at
-                _tile(kind, rows, x + np.uintp(start) * x_bytes, group_at, steps, asked, sums_at)
+                # All of the next weights during the only tile, or a third during each of three.
+                asked, asked_a_step = group_at, np.uintp(0)
+                if _FEW_ROWS < num_rows <= _ROWS:
+                    asked, asked_a_step = ahead, np.uintp(4 * _WIDTH)
+                elif num_rows > _ROWS and turn < np.uintp(BLOCKS):
+                    asked, asked_a_step = ahead + turn * block_bytes, np.uintp(4 * _LANES)
+                _tile(
+                    kind, rows, x + np.uintp(start) * x_bytes, group_at, steps, asked,
+                    asked_a_step, sums_at,
+                )  # fmt: skip
                 for r in range(rows):
                     row = np.uintp(start) + r
                     deliver(
