@@ -42,16 +42,16 @@ class SimulatedStep(DecodeStep):
         self._free_at = max(self._free_at, time.perf_counter()) + self._latency
         return torch.full((num_rows,), 11)
 
-    def read(self, token_ids: Tensor) -> Callable[[], list[int]]:
+    def read(self, token_ids: Tensor) -> Callable[[], list[list[int]]]:
         """Let the host wait for the step begun last."""
         ready_at = self._free_at
 
-        def wait() -> list[int]:
+        def wait() -> list[list[int]]:
             start = time.perf_counter()
             while time.perf_counter() < ready_at:  # sleeping would overshoot
                 pass
             self.waited += time.perf_counter() - start
-            values: list[int] = token_ids.tolist()
+            values: list[list[int]] = token_ids.tolist()
             return values
 
         return wait
