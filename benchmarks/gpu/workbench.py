@@ -47,14 +47,17 @@ class Workbench:
         kv_cache_dtype: torch.dtype | None = None,
         max_num_rounds: int | None = None,
     ) -> Engine:
-        """An engine in a precision, warmed, its decode steps captured or plain calls."""
+        """An engine in a precision, warmed, its decode steps captured or plain calls.
+
+        Where `max_num_rounds` is given it has few places, and so its graphs are soon made.
+        """
         kind = (dtype, is_captured, same_bytes, kv_cache_dtype, max_num_rounds)
         if kind not in self._engines:
             settings: dict[str, Any] = {}
             if self.is_smoke:
                 settings = {"max_num_sequences": 16, "max_num_scheduled_tokens": 128}
             if max_num_rounds is not None:
-                settings["max_num_rounds"] = max_num_rounds
+                settings |= {"max_num_rounds": max_num_rounds, "max_num_sequences": 4}
             config = EngineConfig(**settings).for_device("cuda")
             contexts = config.max_num_sequences * (self.config.n_ctx // config.block_size)
             # On a CPU nothing is captured, and plain means without a state on the device.

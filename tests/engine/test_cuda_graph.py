@@ -123,7 +123,7 @@ def test_whatever_happens_changes_nothing(seed: int) -> None:
     assert drawn(ours, workload) == drawn(usual, workload)
 
 
-@pytest.mark.parametrize("max_num_rounds", [1, 2, 4, 8])
+@pytest.mark.parametrize("max_num_rounds", [3, 8])
 @pytest.mark.parametrize("seed", range(8))
 def test_several_rounds_change_nothing(max_num_rounds: int, seed: int) -> None:
     """Against an engine that looks at every token: ends, arrivals, aborts, little room."""
