@@ -406,6 +406,23 @@ def test_the_step_reads_nothing_back_to_the_host(sampling: Sampling) -> None:
     assert result.device.type == "meta"
 
 
+@pytest.mark.parametrize("kind", [GREEDY, PLAIN, FILTERED])
+@torch.inference_mode()
+def test_several_rounds_read_nothing_back_to_the_host(kind: SamplingParams) -> None:
+    with torch.device("meta"):
+        model = GPT(CONFIG).eval()
+    loop = DecodeLoop(make_step(model, device="meta"), Tables([1, 2, 3, 4]), max_num_sequences=4)
+    sequence = Sequence(
+        seq_id=7, request_id="a", prompt_ids=[1] * 6, params=kind, n_ctx=CONFIG.n_ctx
+    )
+    sequence.num_computed_tokens = 5
+
+    drawn = loop.run([sequence], [2], num_rounds=8)
+
+    assert drawn.shape == (8, 1)
+    assert drawn.device.type == "meta"
+
+
 @pytest.mark.parametrize("sampling", [Sampling.GREEDY, Sampling.PLAIN, Sampling.FILTERED])
 @torch.inference_mode()
 def test_the_step_runs_on_without_the_host(sampling: Sampling) -> None:
