@@ -69,9 +69,11 @@ def measure_decode(
     while (output := engine.step()) is not None:
         now = time.perf_counter()
         num_tokens += sum(token.token_id is not None for token in output.outputs)
-        if output.stats.num_scheduled_tokens == len(prompts):
-            steps.append(now - before)
-            outside.append(now - before - engine.kernel_seconds)
+        # A device that feeds itself may have drawn several tokens of each.
+        num_rounds, rest = divmod(output.stats.num_scheduled_tokens, len(prompts))
+        if num_rounds and not rest and len(output.outputs) == num_rounds * len(prompts):
+            steps.append((now - before) / num_rounds)
+            outside.append((now - before - engine.kernel_seconds) / num_rounds)
         before = now
     return DecodeResult(
         num_sequences=len(prompts),

@@ -1,7 +1,8 @@
 """How fast the server process is on its own, with an engine that is never the limit (Linux).
 
 `python -m benchmarks.front` measures how long `kvik serve` takes to its first answer, and how many
-chunks a second leave it while a stand-in for the engine brings a token a stream and step.
+chunks a second leave it while a stand-in for the engine brings a token, or `--rounds` of them, a
+stream and step.
 """
 
 import argparse
@@ -33,6 +34,7 @@ class FrontResult:
     """What left the server while every stream was open."""
 
     num_streams: int
+    num_rounds: int  # tokens of a stream that came together
     num_chunks: int
     seconds: float
     server_seconds: float  # of processor time, all of the server's threads
@@ -41,6 +43,11 @@ class FrontResult:
     def chunks_per_second(self) -> float:
         """As the client saw it, on this machine."""
         return self.num_chunks / self.seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that come together leave together."""
+        return self.chunks_per_second * self.num_rounds
 
     @property
     def microseconds_per_chunk(self) -> float:
@@ -77,23 +84,33 @@ def _is_live(address: tuple[str, int]) -> bool:
         return False
 
 
-def measure_streams(model: Path, *, num_streams: int, max_tokens: int) -> FrontResult:
+def measure_streams(
+    model: Path, *, num_streams: int, max_tokens: int, num_rounds: int
+) -> FrontResult:
     """Stream to `num_streams` clients at once, from a server with the stand-in behind it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.front", "--serve", "--model", str(model)],
+        [sys.executable, "-m", "benchmarks.front", "--serve", "--model", str(model),
+         "--rounds", str(num_rounds)],
         stdout=subprocess.PIPE, text=True, cwd=ROOT,
     )  # fmt: skip
     try:
         assert process.stdout is not None
         host, port = process.stdout.readline().strip().removeprefix("http://").split(":")
-        return _read_streams((host, int(port)), process.pid, model.name, num_streams, max_tokens)
+        return _read_streams(
+            (host, int(port)), process.pid, model.name, num_streams, max_tokens, num_rounds
+        )
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
 
 
 def _read_streams(
-    address: tuple[str, int], pid: int, name: str, num_streams: int, max_tokens: int
+    address: tuple[str, int],
+    pid: int,
+    name: str,
+    num_streams: int,
+    max_tokens: int,
+    num_rounds: int,
 ) -> FrontResult:
     body = {"model": name, "prompt": [1], "max_tokens": max_tokens, "stream": True, "seed": 1}
     data = json.dumps({**body, "ignore_eos": True}).encode()
@@ -106,7 +123,8 @@ def _read_streams(
         connection.setblocking(False)
         selector.register(connection, selectors.EVENT_READ, b"")
     chunks = 0
-    first, last = num_streams * max_tokens // 10, num_streams * max_tokens * 9 // 10
+    num_chunks = num_streams * max_tokens // num_rounds
+    first, last = num_chunks // 10, num_chunks * 9 // 10
     window: list[tuple[int, float, float]] = []
     while chunks < last:
         for key, _ in selector.select():
@@ -121,8 +139,8 @@ def _read_streams(
         key.fileobj.close()  # type: ignore[union-attr]
     begin, end = window
     return FrontResult(
-        num_streams=num_streams, num_chunks=end[0] - begin[0], seconds=end[1] - begin[1],
-        server_seconds=end[2] - begin[2],
+        num_streams=num_streams, num_rounds=num_rounds, num_chunks=end[0] - begin[0],
+        seconds=end[1] - begin[1], server_seconds=end[2] - begin[2],
     )  # fmt: skip
 
 
@@ -132,13 +150,15 @@ def _processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
-def _serve(model: Path) -> None:
+def _serve(model: Path, num_rounds: int) -> None:
     """Be the server that is measured."""
 
     def announce(address: str, facts: Ready) -> None:
         print(address, flush=True)
 
-    engine = EngineConfig(max_num_sequences=1024, max_num_scheduled_tokens=1024)
+    engine = EngineConfig(
+        max_num_sequences=1024, max_num_scheduled_tokens=1024, max_num_rounds=num_rounds
+    )
     launch = LaunchConfig(model=str(model), engine=engine)
     serve(
         ServerConfig(port=0), launch, ServedModel.read(model),
@@ -152,18 +172,25 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=STORYTELLER)
     parser.add_argument("--streams", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--chunks", type=int, default=100_000, help="a row, about")
+    parser.add_argument("--rounds", type=int, default=1, help="tokens that come together")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        _serve(arguments.model)
+        _serve(arguments.model, arguments.rounds)
         return
     print(f"first answer after {measure_start(arguments.model):.2f} s\n")
-    print("| streams | chunks/s | server us/chunk | server busy |\n|---:|---:|---:|---:|")
+    headings = "| streams | tokens/s | chunks/s | server us/chunk | server busy |"
+    print(f"{headings}\n|---:|---:|---:|---:|---:|")
     for num_streams in arguments.streams:
         max_tokens = min(500, max(10, arguments.chunks // num_streams))
-        result = measure_streams(arguments.model, num_streams=num_streams, max_tokens=max_tokens)
+        result = measure_streams(
+            arguments.model,
+            num_streams=num_streams,
+            max_tokens=max_tokens,
+            num_rounds=arguments.rounds,
+        )
         print(
-            f"| {num_streams} | {result.chunks_per_second:,.0f} "
+            f"| {num_streams} | {result.tokens_per_second:,.0f} | {result.chunks_per_second:,.0f} "
             f"| {result.microseconds_per_chunk:.1f} "
             f"| {result.server_seconds / result.seconds:.0%} |"
         )

@@ -1,8 +1,9 @@
 """What a decode step costs the host, beside a device that only pretends: any machine can tell.
 
 `python -m benchmarks.host` runs the scheduler, the persistent batch and the frame to the server for
-real, over a device that takes a settable time a step and draws any token. A host that is a step
-behind costs nothing as long as it takes less than the device.
+real, over a device that takes a settable time a round and draws any token. A host that is a step
+behind costs nothing as long as it takes less than the device; where a step has several rounds, it
+looks once for all of them.
 """
 
 import argparse
@@ -29,47 +30,63 @@ _CONFIG = GPTConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=1024, vocab_size=50257)
 
 
 class SimulatedStep(DecodeStep):
-    """A device that runs its steps one after the other, each for `latency` seconds."""
+    """A device that runs its rounds one after the other, each for `latency` seconds.
 
-    def __init__(self, *arguments: Any, latency: float, **keywords: Any) -> None:
+    To start one takes the host `launch` seconds.
+    """
+
+    def __init__(self, *arguments: Any, latency: float, launch: float, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self._latency = latency
+        self._latency, self._launch = latency, launch
         self._free_at = 0.0
         self.waited = 0.0  # seconds that the host spent in `read`
 
     def run(self, num_rows: int, sampling: Sampling) -> Tensor:
-        """Begin a step when the last one has ended."""
-        self._free_at = max(self._free_at, time.perf_counter()) + self._latency
+        """Begin a round when the last one has ended."""
+        launched_at = _spin_until(time.perf_counter() + self._launch)
+        self._free_at = max(self._free_at, launched_at) + self._latency
         return torch.full((num_rows,), 11)
 
-    def read(self, token_ids: Tensor) -> Callable[[], list[int]]:
-        """Let the host wait for the step begun last."""
+    def read(self, token_ids: Tensor) -> Callable[[], list[list[int]]]:
+        """Let the host wait for the round begun last."""
         ready_at = self._free_at
 
-        def wait() -> list[int]:
+        def wait() -> list[list[int]]:
             start = time.perf_counter()
-            while time.perf_counter() < ready_at:  # sleeping would overshoot
-                pass
-            self.waited += time.perf_counter() - start
-            values: list[int] = token_ids.tolist()
+            self.waited += _spin_until(ready_at) - start
+            values: list[list[int]] = token_ids.tolist()
             return values
 
         return wait
 
 
+def _spin_until(moment: float) -> float:
+    """Wait without sleeping, which would overshoot; returns when that was."""
+    while (now := time.perf_counter()) < moment:
+        pass
+    return now
+
+
 def measure_host(
-    *, num_sequences: int, latency: float, is_ahead: bool, num_steps: int = 200
+    *,
+    num_sequences: int,
+    latency: float,
+    launch: float,
+    is_ahead: bool,
+    max_num_rounds: int = 1,
+    num_steps: int = 100,
 ) -> tuple[float, float]:
-    """Medians over the steps that decode: seconds a step, and seconds the host worked."""
+    """Medians over the steps that decode: seconds a round, and seconds the host worked for it."""
     steps: list[SimulatedStep] = []
 
     def make(*arguments: Any, **keywords: Any) -> SimulatedStep:
-        steps.append(SimulatedStep(*arguments, latency=latency, **keywords))
+        steps.append(SimulatedStep(*arguments, latency=latency, launch=launch, **keywords))
         return steps[-1]
 
     config = EngineConfig(
         max_num_sequences=num_sequences,
         max_num_scheduled_tokens=max(512, num_sequences),
+        max_num_rounds=max_num_rounds,
         # Not what it is for, but where these are shared no step is started ahead.
         share_completion_blocks=not is_ahead,
     )
@@ -81,7 +98,8 @@ def measure_host(
         eos_token_ids=(50256,),
         decode_step=make,
     )
-    params = SamplingParams(max_tokens=num_steps + 40, temperature=0)
+    num_tokens = max_num_rounds * num_steps + 40
+    params = SamplingParams(max_tokens=num_tokens, temperature=0)
     for index in range(num_sequences):
         engine.add(
             Submit(
@@ -100,33 +118,50 @@ def measure_host(
         assert output is not None
         pack(output)
         wall = time.perf_counter() - start
-        if len(output.outputs) == num_sequences and output.stats.num_waiting == 0:
-            walls.append(wall)
-            works.append(wall - (step.waited - waited))
+        num_rounds, rest = divmod(len(output.outputs), num_sequences)
+        if num_rounds and not rest and output.stats.num_waiting == 0:
+            walls.append(wall / num_rounds)
+            works.append((wall - (step.waited - waited)) / num_rounds)
     return statistics.median(walls), statistics.median(works)
 
 
 def main() -> None:
-    """Measure the host at several device latencies, a step ahead and not."""
+    """Measure the host at several device latencies, a step ahead and not, looking less often."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--latency-ms", type=float, nargs="+", default=[0.0, 1.2, 3.0])
+    parser.add_argument("--rounds", type=int, nargs="+", default=[1], help="of a step, at most")
+    parser.add_argument("--launch-us", type=float, default=0.0, help="to start one round")
     arguments = parser.parse_args()
     table = Table()
-    for heading in ("sequences", "device", "step, host behind", "step, host between", "host"):
+    headings = (
+        "sequences",
+        "device",
+        "rounds",
+        "round, host behind",
+        "round, host between",
+        "host",
+    )
+    for heading in headings:
         table.add_column(heading, justify="right")
     for num_sequences in arguments.sequences:
         for latency in arguments.latency_ms:
-            settings = {"num_sequences": num_sequences, "latency": latency / 1e3}
-            ahead, work = measure_host(**settings, is_ahead=True)
+            settings = {
+                "num_sequences": num_sequences,
+                "latency": latency / 1e3,
+                "launch": arguments.launch_us / 1e6,
+            }
             between, _ = measure_host(**settings, is_ahead=False)
-            table.add_row(
-                str(num_sequences),
-                f"{latency:.1f} ms",
-                f"{ahead * 1e3:.2f} ms",
-                f"{between * 1e3:.2f} ms",
-                f"{work * 1e3:.2f} ms",
-            )
+            for num_rounds in arguments.rounds:
+                ahead, work = measure_host(**settings, is_ahead=True, max_num_rounds=num_rounds)
+                table.add_row(
+                    str(num_sequences),
+                    f"{latency:.2f} ms",
+                    str(num_rounds),
+                    f"{ahead * 1e3:.3f} ms",
+                    f"{between * 1e3:.3f} ms",
+                    f"{work * 1e3:.3f} ms",
+                )
     Console().print(table)
 
 

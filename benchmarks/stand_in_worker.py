@@ -35,7 +35,7 @@ _PAUSE_SECONDS = 20e-6
 
 
 class _StandIn:
-    """Gives every sequence a token a step, of no meaning."""
+    """Gives every sequence a token a round, of no meaning, and as many rounds a step as it may."""
 
     def __init__(self, connection: socket.socket, recorder: FlightRecorder) -> None:
         self._connection = connection
@@ -44,6 +44,7 @@ class _StandIn:
         self._left: dict[int, int] = {}  # tokens to come, by sequence
         self._names: dict[str, list[int]] = {}
         self._ids = itertools.cycle([0])
+        self._num_rounds = 1
 
     def run(self) -> None:
         """Serve until the other side hangs up."""
@@ -76,6 +77,7 @@ class _StandIn:
             wait = False
 
     def _begin(self, start: Start) -> None:
+        self._num_rounds = start.config.engine.max_num_rounds
         layout = read_layout(Path(start.config.model))
         tokenizer = read_tokenizer(layout)
         # Tokens that are text, and end nothing.
@@ -96,19 +98,20 @@ class _StandIn:
     def _step(self) -> None:
         num_running = len(self._left)
         outputs = []
-        for seq_id in list(self._left):
-            self._left[seq_id] -= 1
-            is_last = not self._left[seq_id]
-            outputs.append(
-                TokenOutput(
-                    seq_id=seq_id,
-                    token_id=next(self._ids),
-                    finish_reason="length" if is_last else None,
+        for _ in range(self._num_rounds):
+            for seq_id in list(self._left):
+                self._left[seq_id] -= 1
+                is_last = not self._left[seq_id]
+                outputs.append(
+                    TokenOutput(
+                        seq_id=seq_id,
+                        token_id=next(self._ids),
+                        finish_reason="length" if is_last else None,
+                    )
                 )
-            )
-            if is_last:
-                del self._left[seq_id]
-        stats = StepStats(0, num_running, 0, 0, 0, num_running, 0, 0, 0)
+                if is_last:
+                    del self._left[seq_id]
+        stats = StepStats(0, num_running, 0, 0, 0, len(outputs), 0, 0, 0)
         self._recorder.start_step([])
         self._send(StepOutput(outputs=outputs, stats=stats))
         self._recorder.end_step()

@@ -28,13 +28,16 @@ class EngineConfig:
     max_num_sequences: int = 256  # running at once; the others wait
     # Token budget of a step, which bounds how long it takes; None: see `step_tokens`.
     max_num_scheduled_tokens: int | None = None
+    # Tokens of a sequence that a device which feeds itself (CUDA) draws before the engine looks at
+    # the first; 1: it looks at each. Who arrives waits for up to twice as many.
+    max_num_rounds: int = 4
     enable_prefix_cache: bool = True  # share the K and V of equal prefixes
     # False: only blocks that lie wholly in the prompt are shared. Right where K and V of a
     # decoded token differ in their last bits from those of the same token in a prompt (CUDA).
     share_completion_blocks: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_sequences"):
+        for name in ("block_size", "max_num_sequences", "max_num_rounds"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -94,6 +94,11 @@ class DecodeStep:
         return self._integers.shape[1] - 1
 
     @property
+    def device(self) -> torch.device:
+        """Where all of this lies."""
+        return self._slots.device
+
+    @property
     def static_buffers(self) -> list[Tensor]:
         """What a captured step reads and writes: the same memory for as long as this lives."""
         return [self._integers, self._shares, self._tables, self._slots]
@@ -173,7 +178,7 @@ class DecodeStep:
         slots = self._slots[: len(token_ids)]
         self._advance(slots, token_ids, self._integers[1, slots])
 
-    def read(self, token_ids: Tensor) -> Callable[[], list[int]]:
+    def read(self, token_ids: Tensor) -> Callable[[], list[list[int]]]:
         """Begin to copy token ids to the host; the call waits for the copy, not for later steps."""
         if token_ids.device.type != "cuda":
             return token_ids.tolist
@@ -183,9 +188,9 @@ class DecodeStep:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
 
-        def wait() -> list[int]:
+        def wait() -> list[list[int]]:
             event.synchronize()
-            values: list[int] = on_host.tolist()
+            values: list[list[int]] = on_host.tolist()
             return values
 
         return wait
@@ -234,16 +239,31 @@ class DecodeLoop:
             self._owners = [_NOBODY if owner in gone else owner for owner in self._owners]
 
     def run(
-        self, sequences: Sequence[RunningSequence], slots: list[int], *, is_ahead: bool = False
+        self,
+        sequences: Sequence[RunningSequence],
+        slots: list[int],
+        *,
+        num_rounds: int = 1,
+        num_ahead: int = 0,
     ) -> Tensor:
-        """Start a step of sequences that decode: token ids (R,), or logits (R, V) for the host.
+        """Start a step of sequences that decode: token ids (rounds, R), or logits (R, V).
 
-        After logits (`needs_host`), `feed` must follow. `is_ahead` if the host does not know yet
-        what the step before drew.
+        After logits (`needs_host`), of which there is one round, `feed` must follow. `num_ahead`
+        rounds were started of which the host does not know yet what they drew.
         """
-        self._prepare(sequences, slots, int(is_ahead))
+        self._prepare(sequences, slots, num_ahead, num_rounds)
         bucket = next(size for size in self.buckets if size >= len(slots))
-        return self._callable(bucket, self._sampling)()[: len(slots)]
+        step, num_rows = self._callable(bucket, self._sampling), len(slots)
+        if self.needs_host:
+            assert num_rounds == 1, "the device does not know what the host will draw"
+            return step()[:num_rows]
+        if num_rounds == 1:
+            return step()[:num_rows].unsqueeze(0)
+        # Each round leaves its draws where the one before it had left its own.
+        drawn = torch.empty(num_rounds, num_rows, dtype=torch.int64, device=self._step.device)
+        for place in drawn:
+            place.copy_(step()[:num_rows])
+        return drawn
 
     @property
     def needs_host(self) -> bool:
@@ -263,12 +283,16 @@ class DecodeLoop:
             torch.cuda.empty_cache()  # what the trials before the recordings took
         return len(self._steps)
 
-    def read(self, token_ids: Tensor) -> Callable[[], list[int]]:
+    def read(self, token_ids: Tensor) -> Callable[[], list[list[int]]]:
         """Begin to copy a step's result to the host; the call waits for it, and for no more."""
         return self._step.read(token_ids)
 
     def _prepare(
-        self, sequences: Sequence[RunningSequence], slots: list[int], num_ahead: int
+        self,
+        sequences: Sequence[RunningSequence],
+        slots: list[int],
+        num_ahead: int,
+        num_rounds: int,
     ) -> None:
         """Send what changed. In the middle of decoding that is a block now and then."""
         change = _Change([], [], [], [])
@@ -282,7 +306,7 @@ class DecodeLoop:
             if self._positions[slot] != position:
                 assert not num_ahead, "only the device knows the token"
                 change.progress.append((slot, sequence.token_ids[position], position))
-            self._positions[slot] = position + 1
+            self._positions[slot] = position + num_rounds
             num_blocks = self._builder.num_blocks(slot)
             if self._num_blocks[slot] != num_blocks:
                 table = self._builder.table(slot)

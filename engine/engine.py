@@ -27,6 +27,7 @@ from model.gpt import GPT
 logger = logging.getLogger(__name__)
 
 _OUT_OF_MEMORY = "out_of_memory"  # as a client reads it
+_ROUNDS_WITH_STOP_STRINGS = 4  # what lies behind such a string was drawn for nothing
 
 
 class Engine:
@@ -93,6 +94,7 @@ class Engine:
             quantizes=quantizes,
             same_bytes=same_bytes,
         )
+        self._max_num_rounds = config.max_num_rounds
         self._ahead: Launched | None = None  # a step started before the last one was collected
         self._next_seq_id = 0  # for `generate`
         self.last_step_at = time.monotonic()  # when the last step ended
@@ -113,6 +115,11 @@ class Engine:
         check_request(
             request.prompt_ids, request.params, n_ctx=self.n_ctx, vocab_size=self.vocab_size
         )
+        max_num_rounds = self._max_num_rounds
+        if not self._runner.feeds_itself(request.params):
+            max_num_rounds = 1
+        elif request.params.has_stop_strings:
+            max_num_rounds = min(max_num_rounds, _ROUNDS_WITH_STOP_STRINGS)
         for choice in request.choices:
             self._scheduler.add(
                 Sequence(
@@ -125,6 +132,7 @@ class Engine:
                     n_ctx=self.n_ctx,
                     salt=request.salt,
                     priority=request.priority,
+                    max_num_rounds=max_num_rounds,
                 )
             )
 
@@ -154,7 +162,7 @@ class Engine:
             if step.feeds_itself and (following := self._scheduler.schedule_ahead()) is not None:
                 # Before anything waits: the device goes from one step to the next.
                 self._ahead = self._runner.launch(following)
-            result = step.collect()
+            results = step.collect()
         except torch.OutOfMemoryError:
             self._take_back(batch, following)
             output = self._give_up_youngest(batch)
@@ -162,9 +170,8 @@ class Engine:
             self._take_back(batch, following)
             raise
         else:
-            outcomes = self._scheduler.update(batch, result.draws, result.failed_rows)
-            self.kernel_seconds = result.kernel_seconds
-            output = self._report(batch, result, outcomes)
+            self.kernel_seconds = sum(result.kernel_seconds for result in results)
+            output = self._take_in(batch, results)
         self.last_step_at = time.monotonic()
         if recorder is not None:
             recorder.end_step()
@@ -269,15 +276,17 @@ class Engine:
         )
         return StepOutput(outputs=[failed], stats=self._stats(0))
 
-    def _report(
-        self, batch: ScheduledBatch, result: StepResult, outcomes: list[Outcome]
-    ) -> StepOutput:
-        outputs = [self._describe(result, outcome) for outcome in outcomes]
-        told = {outcome.row for outcome in outcomes}
-        for row, logprobs in result.prompt_logprobs.items():
-            if row not in told:  # a chunk of a prompt that is not through yet
-                seq_id = batch.sequences[row].seq_id
-                outputs.append(TokenOutput(seq_id=seq_id, prompt_logprobs=logprobs))
+    def _take_in(self, batch: ScheduledBatch, results: list[StepResult]) -> StepOutput:
+        """Bring the sequences up to date, round by round, and tell what each brought."""
+        outputs: list[TokenOutput] = []
+        for result in results:
+            outcomes = self._scheduler.update(batch, result.draws, result.failed_rows)
+            outputs += [self._describe(result, outcome) for outcome in outcomes]
+            told = {outcome.row for outcome in outcomes}
+            for row, logprobs in result.prompt_logprobs.items():
+                if row not in told:  # a chunk of a prompt that is not through yet
+                    seq_id = batch.sequences[row].seq_id
+                    outputs.append(TokenOutput(seq_id=seq_id, prompt_logprobs=logprobs))
         return StepOutput(outputs=outputs, stats=self._stats(batch.num_tokens))
 
     def _stats(self, num_scheduled_tokens: int) -> StepStats:

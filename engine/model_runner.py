@@ -21,6 +21,8 @@ from engine.cuda_graph import (
     DecodeStep,
     DecodeStepFactory,
     Draw,
+    Sampling,
+    sampling_of,
 )
 from engine.draw import draw as draw_by_definition
 from engine.kv_cache import KVCache
@@ -28,6 +30,7 @@ from engine.linear import Head, pack
 from engine.linear_avx512 import PackedWeights
 from engine.messages import TopLogprobs
 from engine.sampler import sample, token_logprobs
+from engine.sampling_params import SamplingParams
 from engine.sampling_row import SamplingRow
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
@@ -54,7 +57,7 @@ class Launched:
     """A step that was started, and may be running still."""
 
     batch: ScheduledBatch
-    collect: Callable[[], StepResult]  # waits for it
+    collect: Callable[[], list[StepResult]]  # waits for it; a result for each round
     feeds_itself: bool  # the next may be started before this one is collected
 
 
@@ -110,6 +113,7 @@ class ModelRunner:
         self._model = model
         self._cache = cache
         self._builder = builder
+        self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._attention = attention
         self._decode_loop: DecodeLoop | None = None
@@ -154,35 +158,46 @@ class ModelRunner:
             result = self._draw(batch, self._head(found))
         self._score_prompts(batch, hidden, result)
         result.kernel_seconds = time.perf_counter() - start
-        return Launched(batch, lambda: result, feeds_itself=False)
+        return Launched(batch, lambda: [result], feeds_itself=False)
 
     def _launch_decode(self, batch: ScheduledBatch, loop: DecodeLoop, start: float) -> "Launched":
         """Start a step in which every row is the next one of its completion."""
         slots = self._builder.place(batch)
         try:
-            found = loop.run(batch.sequences, slots, is_ahead=batch.is_ahead)
+            found = loop.run(
+                batch.sequences,
+                slots,
+                num_rounds=batch.num_rounds,
+                num_ahead=batch.num_ahead,
+            )
             if loop.needs_host:
                 result = self._draw(batch, found)
                 loop.feed(torch.tensor(result.draws, device=found.device))
                 result.kernel_seconds = time.perf_counter() - start
-                return Launched(batch, lambda: result, feeds_itself=False)
+                return Launched(batch, lambda: [result], feeds_itself=False)
             read = loop.read(found)
         except BaseException:
             loop.forget()  # who knows how far it came
             raise
 
-        def collect() -> StepResult:
+        def collect() -> list[StepResult]:
             waiting_since = time.perf_counter()
             try:
-                draws = read()
+                rounds = read()
             except BaseException:
                 loop.forget()
                 raise
-            failed = [row for row, token_id in enumerate(draws) if token_id == NOT_FINITE]
-            seconds = time.perf_counter() - waiting_since
-            return StepResult(draws=draws, failed_rows=failed, kernel_seconds=seconds)
+            results = [StepResult(draws, _not_finite(draws)) for draws in rounds]
+            results[0].kernel_seconds = time.perf_counter() - waiting_since
+            return results
 
         return Launched(batch, collect, feeds_itself=True)
+
+    def feeds_itself(self, params: SamplingParams) -> bool:
+        """Whether the device draws the tokens of such a request, and knows them before the host."""
+        if self._decode_loop is None:
+            return False
+        return sampling_of(params, self._vocab_size) != Sampling.BY_HOST
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -268,6 +283,11 @@ class ModelRunner:
                 if not is_finite and row not in result.failed_rows:
                     result.failed_rows.append(row)
             first += count
+
+
+def _not_finite(draws: list[int]) -> list[int]:
+    """The rows that could draw nothing."""
+    return [row for row, token_id in enumerate(draws) if token_id == NOT_FINITE]
 
 
 def _count_bytes(value: object, held: dict[int, int]) -> None:

@@ -27,6 +27,7 @@ class SamplingParams:
     min_tokens: int = 0  # no eos and no stop token before this many completion tokens
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    has_stop_strings: bool = False  # who reads the text may end it at any token
     logprobs: int | None = None  # alternatives a completion token; 0 is the token alone
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
     seed: int = 0  # the effective seed: drawn at admission when the client gave none

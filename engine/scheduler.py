@@ -18,6 +18,10 @@ from engine.sequence import FinishReason, Sequence
 
 _order = attrgetter("order")
 
+# The most tokens of a step's rounds together. Rounds of more rows take longer, and the host is no
+# slower than one of them: there would be less to gain, and more to wait for whoever arrives.
+_MAX_UNSEEN_TOKENS = 64
+
 
 @dataclass(slots=True)
 class ScheduledBatch:
@@ -25,13 +29,16 @@ class ScheduledBatch:
 
     Row r computes `num_scheduled_tokens[r]` tokens of `sequences[r]`, from its
     `num_computed_tokens` on (which moves only in `Scheduler.update`); its block table is
-    `BlockManager.block_table(seq_id)`.
+    `BlockManager.block_table(seq_id)`. A step that decodes may have several rounds: each computes
+    the token that the one before it drew, without anyone looking.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
     num_scheduled_tokens: list[int] = field(default_factory=list)
     sampled_rows: list[int] = field(default_factory=list)  # the rows that yield a draw, ascending
-    is_ahead: bool = False  # of the draws that its tokens are: each row begins a token further
+    num_rounds: int = 1  # of which each computes `num_scheduled_tokens` and draws
+    # Rounds of the step before it whose draws are still to come: each row begins so much further.
+    num_ahead: int = 0
     num_admitted: int = 0  # the last so many rows were waiting before this step
     published_blocks: list[int] = field(default_factory=list)  # shareable if the step succeeds
     # For the machine, before the step and in this order. Both also name what a failed step had
@@ -41,13 +48,13 @@ class ScheduledBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rows."""
-        return sum(self.num_scheduled_tokens)
+        """Tokens of all rows in all rounds."""
+        return self.num_rounds * sum(self.num_scheduled_tokens)
 
     @property
     def is_decode(self) -> bool:
         """Whether every row is one token of a completion, and yields the next."""
-        if self.is_ahead:
+        if self.num_ahead or self.num_rounds > 1:
             return True
         return len(self.sampled_rows) == self.num_tokens and all(
             sequence.num_computed_tokens >= sequence.num_prompt_tokens
@@ -91,6 +98,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._requests: dict[str, dict[int, Sequence]] = {}  # unfinished, by request and choice
         self._in_flight: list[ScheduledBatch] = []  # at most two, in order
+        self._num_rounds_over = 0  # of the first of them
         self._released_seq_ids: list[int] = []
         self._blocks_to_clear: list[int] = []
         self.num_preemptions = 0  # since the start, as are the two below
@@ -163,6 +171,7 @@ class Scheduler:
         if not num_preempted:  # a newcomer would take the room just made
             self._admit(batch, budget)
         if batch.sequences:
+            self._add_rounds(batch)
             self._blocks_to_clear += self._block_manager.take_blocks_to_clear()
             batch.released_seq_ids = self._released_seq_ids
             batch.blocks_to_clear = self._blocks_to_clear
@@ -172,8 +181,8 @@ class Scheduler:
     def schedule_ahead(self) -> ScheduledBatch | None:
         """Choose the step after the one in flight, whose draws are still to come, if it can be.
 
-        For a machine that knows them first and runs its steps in order: the same rows, each a
-        token further, but for those that end at their limit. None where others should come in, or
+        For a machine that knows them first and runs its steps in order: the same rows, each so
+        much further, but for those that end at their limit. None where others should come in, or
         room is short. A row whose sequence turns out to have ended means nothing: its blocks may
         by then be another's, who writes them in a later step, before reading.
         """
@@ -183,41 +192,47 @@ class Scheduler:
             return None
         if self._waiting and len(self._running) < self._config.max_num_sequences:
             return None
+        num_ahead = current.num_rounds
         sequences = [
             sequence
             for sequence in current.sequences
-            if not sequence.is_finished and sequence.num_tokens + 1 < sequence.max_num_tokens
+            if not sequence.is_finished
+            and sequence.num_tokens + num_ahead < sequence.max_num_tokens
         ]
-        for sequence in sequences:
-            if not self._block_manager.allocate(sequence.seq_id, sequence.num_tokens + 1):
-                return None
-        unclean = self._block_manager.take_blocks_to_clear()
-        self._blocks_to_clear = (
-            self._blocks_to_clear + unclean
-        )  # a new list: the batch has this one
-        if not sequences or unclean:
+        if not sequences:
             return None
+        for sequence in sequences:
+            if not self._block_manager.allocate(sequence.seq_id, sequence.num_tokens + num_ahead):
+                return None
         num_rows = len(sequences)
-        batch = ScheduledBatch(sequences, [1] * num_rows, list(range(num_rows)), is_ahead=True)
+        batch = ScheduledBatch(sequences, [1] * num_rows, list(range(num_rows)))
+        batch.num_ahead = num_ahead
+        self._add_rounds(batch)
+        unclean = self._block_manager.take_blocks_to_clear()
+        # A new list: the batch has this one.
+        self._blocks_to_clear = self._blocks_to_clear + unclean
+        if unclean:
+            return None
         self._in_flight.append(batch)
         return batch
 
     def update(
         self, batch: ScheduledBatch, draws: list[int], failed_rows: Collection[int] = ()
     ) -> list[Outcome]:
-        """Take in the result of a step: a draw for each of `batch.sampled_rows`.
+        """Take in the result of a step's next round: a draw for each of `batch.sampled_rows`.
 
         `failed_rows` are those whose logits, or last hidden state where nothing is sampled, were
         not finite: a chunk that goes unreported leaves NaN for others to share. Their sequences
         finish with "error", their draws mean nothing, their blocks are never shared again; who
         shared them within this very step has read them, and fails with them. Returns what there
-        is to tell, in no order; of sequences aborted meanwhile there is nothing.
+        is to tell, in no order; of sequences aborted meanwhile, or ended in an earlier round, there
+        is nothing. With its last round the step is over, and not before are blocks free.
         """
         assert batch is self._in_flight[0], "steps end in order"
         outcomes: list[Outcome] = []
         for row in failed_rows:
             sequence = batch.sequences[row]
-            if batch.is_ahead and not self._block_manager.holds(sequence.seq_id):
+            if batch.num_ahead and not self._block_manager.holds(sequence.seq_id):
                 continue  # it ended before: there is nothing left to withdraw
             self._block_manager.withdraw(self._block_manager.block_table(sequence.seq_id))
             if not sequence.is_finished:
@@ -234,6 +249,10 @@ class Scheduler:
             if not sequence.is_finished:
                 self._append(sequence, token_id)
                 outcomes.append(Outcome(row, sequence, token_id))
+        self._num_rounds_over += 1
+        if self._num_rounds_over < batch.num_rounds:
+            return outcomes
+        self._num_rounds_over = 0
         del self._in_flight[0]
         self._released_seq_ids = self._released_seq_ids[len(batch.released_seq_ids) :]
         self._blocks_to_clear = self._blocks_to_clear[len(batch.blocks_to_clear) :]
@@ -315,6 +334,32 @@ class Scheduler:
             budget -= num_tokens
             batch.num_admitted += 1
             self._add_row(batch, sequence, num_tokens)
+
+    def _add_rounds(self, batch: ScheduledBatch) -> None:
+        """Let a step that decodes go on while nothing stops it, with blocks for all of it.
+
+        The nearest limit stops it, and what the sequences allow; where anybody waits, who may come
+        in with the next end, or blocks are few, there is one round.
+        """
+        sequences = batch.sequences
+        # Where completions are shared, each step publishes the blocks that it fills.
+        if self._waiting or self._config.share_completion_blocks:
+            return
+        if 2 * len(sequences) > _MAX_UNSEEN_TOKENS or not batch.is_decode:
+            return
+        num_rounds = _MAX_UNSEEN_TOKENS // len(sequences)
+        for sequence in sequences:
+            num_left = sequence.max_num_tokens - sequence.num_tokens - batch.num_ahead
+            num_rounds = min(num_rounds, num_left, sequence.max_num_rounds)
+        blocks = self._block_manager
+        num_needed = len(sequences) * -(-num_rounds // blocks.block_size)  # at most
+        if num_needed > blocks.num_free_blocks + blocks.num_cached_blocks:
+            return
+        for sequence in sequences:
+            num_tokens = sequence.num_tokens + batch.num_ahead + num_rounds - 1
+            has_room = blocks.allocate(sequence.seq_id, num_tokens)
+            assert has_room, "each needs no more than was counted"
+        batch.num_rounds = num_rounds
 
     def _add_row(self, batch: ScheduledBatch, sequence: Sequence, num_tokens: int) -> None:
         end = sequence.num_computed_tokens + num_tokens

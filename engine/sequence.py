@@ -26,6 +26,7 @@ class Sequence:
         "block_hashes",
         "choice",
         "finish_reason",
+        "max_num_rounds",
         "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -55,12 +56,14 @@ class Sequence:
         completion_ids: Iterable[int] = (),
         salt: bytes = b"",
         priority: int = 0,
+        max_num_rounds: int = 1,
     ) -> None:
         """Make a waiting sequence.
 
         `seq_id` is unique and grows with arrival. `completion_ids` are tokens delivered by an
         engine that died since: they continue, and count, as if this engine had drawn them.
         Sequences share prefixes only under equal `salt`. Smaller `priority` goes first.
+        `max_num_rounds` is how many of its tokens may be drawn before anyone looks at the first.
         Raises PromptTooLong.
         """
         self.seq_id = seq_id
@@ -69,6 +72,7 @@ class Sequence:
         self.params = params
         self.salt = salt
         self.priority = priority
+        self.max_num_rounds = max_num_rounds
         self.order = (priority, seq_id)  # first come, first served within a priority
         self.token_ids = list(prompt_ids)  # prompt, then completion
         self.num_prompt_tokens = len(self.token_ids)

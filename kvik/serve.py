@@ -69,6 +69,13 @@ def serve(
             show_default="256, on CUDA 2048",
         ),
     ] = None,
+    max_num_rounds: Annotated[
+        int,
+        typer.Option(
+            envvar="KVIK_MAX_NUM_ROUNDS",
+            help="On CUDA: tokens of a stream that may be drawn before any of them is looked at.",
+        ),
+    ] = 4,
     block_size: Annotated[
         int, typer.Option(envvar="KVIK_BLOCK_SIZE", help="Tokens a block of the KV cache.")
     ] = 16,
@@ -178,6 +185,7 @@ def serve(
             num_blocks=num_blocks,
             max_num_sequences=max_num_sequences,
             max_num_scheduled_tokens=max_num_scheduled_tokens,
+            max_num_rounds=max_num_rounds,
             enable_prefix_cache=prefix_cache,
         )
         with WorkerProcess(max_num_sequences=max_num_sequences) as first_worker:

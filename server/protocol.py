@@ -369,6 +369,7 @@ class CompletionRequest(Body):
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
             stop_token_ids=tuple(self.stop_token_ids),
+            has_stop_strings=bool(self.stop),
             logprobs=logprobs,
             prompt_logprobs=self.logprobs if self.echo else None,
             seed=seed,

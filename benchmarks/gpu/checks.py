@@ -87,6 +87,24 @@ def check_engine(bench: Workbench, report: Report) -> None:
     report.parts.append(f"Graphs, a step ahead, against plain calls: {verdict}.")
 
 
+def check_rounds(bench: Workbench, report: Report) -> None:
+    """Look whether a token depends on how many are drawn before the host looks."""
+    prompts = bench.prompts(1, 5) if bench.is_smoke else bench.prompts(4, 30)
+    num_tokens = 5 if bench.is_smoke else 100
+    rows = []
+    for name, temperature in (("greedy", 0.0), ("sampled", 0.9)):
+        params = SamplingParams(
+            max_tokens=num_tokens, temperature=temperature, ignore_eos=True, seed=5
+        )
+        by_one, by_eight = (
+            bench.run(bench.engine("bfloat16", max_num_rounds=rounds), prompts, params)
+            for rounds in (1, 8)
+        )
+        rows.append((name, "the same tokens" if by_one == by_eight else "OTHER TOKENS"))
+    report.add_table(("draw", "up to 8 rounds a step, against 1"), rows)
+    report.values["rounds"] = float(all(verdict == "the same tokens" for _, verdict in rows))
+
+
 def _kernel_pairs(bench: Workbench, dtype: torch.dtype) -> Iterable[tuple[str, Tensor, Tensor]]:
     """What a kernel gives here and what plain torch gives in float32, by name."""
     width = bench.config.n_embd

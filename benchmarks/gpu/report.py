@@ -26,6 +26,7 @@ GOALS = {
     "bytes": Goal("same bytes in any batch", 1, "yes = 1"),
     "engine": Goal("the engine draws what float32 on the CPU draws", 1, "yes = 1"),
     "graphs": Goal("graphs draw what plain calls draw", 1, "yes = 1"),
+    "rounds": Goal("several rounds a step draw what single ones draw", 1, "yes = 1"),
     "1": Goal("1 sequence", 3_500, "tokens/s"),
     "64": Goal("64 sequences, about 512 tokens long", 80_000, "tokens/s"),
     "256": Goal("256 sequences, about 512 tokens long", 110_000, "tokens/s"),
@@ -38,7 +39,7 @@ GOALS = {
     "http": Goal("256 streams over HTTP", 50_000, "tokens/s"),
 }
 
-_CHECKS = ("kernels", "bytes", "engine", "graphs")  # the rest are times
+_CHECKS = ("kernels", "bytes", "engine", "graphs", "rounds")  # the rest are times
 
 
 @dataclass(slots=True)

@@ -69,6 +69,23 @@ def time_decode(bench: Workbench, report: Report) -> None:
     report.add_table(headings, rows)
 
 
+def time_rounds(bench: Workbench, report: Report) -> None:
+    """Time decoding of few sequences where the host looks after 1, 4 and 8 tokens of each."""
+    prompt_tokens, num_tokens = (16, 10) if bench.is_smoke else (384, 256)
+    params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+    rows = []
+    for count in (1,) if bench.is_smoke else (1, 4):
+        for rounds in (1, 4, 8):
+            engine = bench.engine("bfloat16", max_num_rounds=rounds)
+            step, outside = bench.steps(engine, bench.prompts(count, prompt_tokens), params)
+            rows.append(
+                (count, rounds, f"{count / step:,.0f}", f"{step * 1e3:.3f} ms",
+                 f"{outside * 1e3:.3f} ms")
+            )  # fmt: skip
+    headings = ("sequences", "rounds a step", "tokens/s", "a round", "of it, the host not waiting")
+    report.add_table(headings, rows)
+
+
 def time_first_token(bench: Workbench, report: Report) -> None:
     """Time a long prompt on an idle engine, nothing of it in the prefix cache."""
     engine = bench.engine("bfloat16")

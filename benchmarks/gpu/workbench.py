@@ -45,13 +45,19 @@ class Workbench:
         is_captured: bool = True,
         same_bytes: bool = True,
         kv_cache_dtype: torch.dtype | None = None,
+        max_num_rounds: int | None = None,
     ) -> Engine:
-        """An engine in a precision, warmed, its decode steps captured or plain calls."""
-        kind = (dtype, is_captured, same_bytes, kv_cache_dtype)
+        """An engine in a precision, warmed, its decode steps captured or plain calls.
+
+        Where `max_num_rounds` is given it has few places, and so its graphs are soon made.
+        """
+        kind = (dtype, is_captured, same_bytes, kv_cache_dtype, max_num_rounds)
         if kind not in self._engines:
             settings: dict[str, Any] = {}
             if self.is_smoke:
                 settings = {"max_num_sequences": 16, "max_num_scheduled_tokens": 128}
+            if max_num_rounds is not None:
+                settings |= {"max_num_rounds": max_num_rounds, "max_num_sequences": 4}
             config = EngineConfig(**settings).for_device("cuda")
             contexts = config.max_num_sequences * (self.config.n_ctx // config.block_size)
             # On a CPU nothing is captured, and plain means without a state on the device.
@@ -109,16 +115,18 @@ class Workbench:
     def steps(
         self, engine: Engine, prompts: list[list[int]], params: SamplingParams
     ) -> tuple[float, float]:
-        """Medians over the steps that only decode: seconds, and of them the host not waiting."""
+        """Medians over the rounds that only decode: seconds, and of them the host not waiting."""
         self.submit(engine, prompts, params)
         steps: list[float] = []
         outside: list[float] = []
         before = time.perf_counter()
         while (output := engine.step()) is not None:
             now = time.perf_counter()
-            if output.stats.num_scheduled_tokens == len(prompts) == len(output.outputs):
-                steps.append(now - before)
-                outside.append(now - before - engine.kernel_seconds)
+            num_rounds, rest = divmod(len(output.outputs), len(prompts))
+            is_decode = output.stats.num_scheduled_tokens == len(output.outputs)
+            if num_rounds and not rest and is_decode:
+                steps.append((now - before) / num_rounds)
+                outside.append((now - before - engine.kernel_seconds) / num_rounds)
             before = now
         return statistics.median(steps), statistics.median(outside)
 

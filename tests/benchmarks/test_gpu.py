@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton", reason="triton comes with torch on CUDA and with the test extra")
 
 from benchmarks.gpu.__main__ import PARTS, run
-from benchmarks.gpu.checks import check_kernels
+from benchmarks.gpu.checks import check_kernels, check_rounds
 from benchmarks.gpu.report import GOALS, Goal, Report
 from benchmarks.gpu.workbench import Workbench
 
@@ -50,6 +50,14 @@ def test_kernels_are_compared_and_found_right() -> None:
 
     assert report.values["kernels"] == 1.0
     assert report.parts[0].count("| pass |") == 27
+
+
+def test_several_rounds_are_compared_with_single_ones() -> None:
+    report = Report(has_times=False)
+
+    check_rounds(Workbench(device=DEVICE, is_smoke=True), report)
+
+    assert report.values["rounds"] == 1.0
 
 
 def test_a_part_that_fails_or_takes_too_long_is_told_and_the_others_run(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from engine.sequence import Sequence
 
 NAN = -1  # what a row with a fault writes; a history is never negative
 ZERO = -2  # what a cleared slot holds
+JUNK = -3  # what a row writes behind the end of its sequence
 EOS = 0
 VOCAB_SIZE = 4
 
@@ -72,6 +73,7 @@ class SimulatedMachine:
         self._share_completion_blocks = share_completion_blocks
         self._slots: dict[tuple[int, int], int] = {}
         self._rows: dict[int, int] = {}  # seq_id -> tokens computed so far
+        self._current: ScheduledBatch | None = None
 
     def prepare(self, batch: ScheduledBatch) -> None:
         """What comes before the model: may be repeated, if the step fails."""
@@ -84,12 +86,14 @@ class SimulatedMachine:
     def execute(
         self, batch: ScheduledBatch, faulty_rows: Collection[int] = ()
     ) -> tuple[list[int], list[int]]:
-        """Run a step: returns draws and the rows whose logits are not finite."""
-        self.prepare(batch)
-        admitted = batch.sequences[len(batch.sequences) - batch.num_admitted :]
-        for sequence in admitted:
-            assert sequence.seq_id not in self._rows, "an admitted sequence has no row yet"
-            self._rows[sequence.seq_id] = sequence.num_computed_tokens
+        """Run a step, or its next round: returns draws and the rows whose logits are not finite."""
+        if batch is not self._current:
+            self._current = batch
+            self.prepare(batch)
+            admitted = batch.sequences[len(batch.sequences) - batch.num_admitted :]
+            for sequence in admitted:
+                assert sequence.seq_id not in self._rows, "an admitted sequence has no row yet"
+                self._rows[sequence.seq_id] = sequence.num_computed_tokens
         assert self._rows == {s.seq_id: s.num_computed_tokens for s in batch.sequences}, (
             "the rows that remain are the rows of the batch, each where its last step left it"
         )
@@ -98,7 +102,7 @@ class SimulatedMachine:
         for row, sequence in enumerate(batch.sequences):
             start = sequence.num_computed_tokens
             end = start + batch.num_scheduled_tokens[row]
-            content = histories(sequence, self._share_completion_blocks)
+            content = self._content(sequence, end)
             # A fault spreads to all that is computed from it.
             is_faulty = row in faulty_rows or NAN in self._read(sequence, 0, start)
             for position in range(start, end):
@@ -114,7 +118,7 @@ class SimulatedMachine:
             if NAN in read:
                 failed_rows.append(row)
             else:
-                assert read == histories(sequence, self._share_completion_blocks)[:end], (
+                assert read == self._content(sequence, end), (
                     "every position a row reads holds what an undisturbed run would hold"
                 )
                 rest = -end % self._blocks.block_size
@@ -123,6 +127,12 @@ class SimulatedMachine:
             last_content.append(read[-1])
         draws = [draw(last_content[row], batch.sequences[row].params) for row in batch.sampled_rows]
         return draws, failed_rows
+
+    def _content(self, sequence: Sequence, end: int) -> list[int]:
+        """What an undisturbed run would hold; an ended sequence's row runs on to the last round."""
+        content = histories(sequence, self._share_completion_blocks)[:end]
+        assert sequence.is_finished or len(content) == end
+        return content + [JUNK] * (end - len(content))
 
     def _slot(self, sequence: Sequence, position: int) -> tuple[int, int]:
         block_index, offset = divmod(position, self._blocks.block_size)
@@ -167,6 +177,7 @@ class SimulatedEngine:
         salt: bytes = b"",
         priority: int = 0,
         params: SamplingParams | None = None,
+        max_num_rounds: int = 1,
     ) -> Sequence:
         """Make a sequence and let it wait; without a `request_id` it is its own request."""
         seq_id = len(self.sequences)
@@ -180,6 +191,7 @@ class SimulatedEngine:
             completion_ids=completion_ids,
             salt=salt,
             priority=priority,
+            max_num_rounds=max_num_rounds,
         )
         self.sequences.append(sequence)
         self.delivered[seq_id] = sequence.completion_ids
@@ -196,7 +208,8 @@ class SimulatedEngine:
 
         assert len(batch.sequences) == len(batch.num_scheduled_tokens)
         assert len(batch.sequences) <= self.config.max_num_sequences
-        assert batch.num_tokens <= self.config.step_tokens
+        assert batch.num_tokens <= self.config.step_tokens * batch.num_rounds
+        self._check_rounds(batch)
         assert min(batch.num_scheduled_tokens, default=1) >= 1
         assert {s.seq_id for s in batch.sequences} == {s.seq_id for s in self.running()}
         assert num_preempted < max(1, len(running_before)), "the oldest always advances"
@@ -216,16 +229,46 @@ class SimulatedEngine:
             is_cut |= end < sequence.num_tokens
             is_sampled = end == sequence.num_tokens < sequence.max_num_tokens
             assert (row in batch.sampled_rows) == is_sampled
-            table = self.blocks.block_table(sequence.seq_id)
-            assert len(table) == -(-sequence.num_tokens // block_size), "it exactly fits"
+            num_held = len(self.blocks.block_table(sequence.seq_id))
+            # A step that failed may have had more rounds than this one, and room for them.
+            least, most = (
+                -(-(sequence.num_tokens + num_rounds - 1) // block_size)
+                for num_rounds in (batch.num_rounds, sequence.max_num_rounds)
+            )
+            assert least <= num_held <= most, "it exactly fits"
         if is_cut:
             assert batch.num_tokens == self.config.step_tokens, "the budget is used"
         return batch
 
+    def _check_rounds(self, batch: ScheduledBatch) -> None:
+        """Nothing that should stop a step comes before its last round."""
+        assert batch.num_rounds >= 1
+        if batch.num_rounds > 1:
+            assert batch.is_decode
+            assert not self.waiting()
+            assert not self.config.share_completion_blocks
+            for sequence in batch.sequences:
+                assert batch.num_rounds <= sequence.max_num_rounds
+                assert sequence.num_tokens + batch.num_rounds <= sequence.max_num_tokens
+
+    def finish(self, batch: ScheduledBatch, faulty_rows: Collection[int] = ()) -> list[Outcome]:
+        """Run a scheduled step to its end, with a fault in its first round."""
+        outcomes: list[Outcome] = []
+        for number in range(batch.num_rounds):
+            draws, failed_rows = self.machine.execute(batch, () if number else faulty_rows)
+            is_over = number == batch.num_rounds - 1
+            outcomes += self.update(batch, draws, failed_rows, is_over=is_over)
+        return outcomes
+
     def update(
-        self, batch: ScheduledBatch, draws: list[int], failed_rows: Collection[int] = ()
+        self,
+        batch: ScheduledBatch,
+        draws: list[int],
+        failed_rows: Collection[int] = (),
+        *,
+        is_over: bool = True,
     ) -> list[Outcome]:
-        """Take in a step, deliver its outcomes, and compare each end with a run alone."""
+        """Take in a round, deliver its outcomes, and compare each end with a run alone."""
         outcomes = self.scheduler.update(batch, draws, failed_rows)
         for row, sequence, token_id in outcomes:
             assert batch.sequences[row] is sequence
@@ -239,7 +282,8 @@ class SimulatedEngine:
                     sequence, self.config.share_completion_blocks
                 )
                 assert (sequence.completion_ids, sequence.finish_reason) == (completion_ids, reason)
-        self.check()
+        if is_over:
+            self.check()
         return outcomes
 
     def give_up_youngest(self, batch: ScheduledBatch) -> Sequence | None:
@@ -257,10 +301,7 @@ class SimulatedEngine:
     def step(self) -> list[Outcome]:
         """One whole step without faults."""
         batch = self.schedule()
-        if not batch.sequences:
-            return []
-        draws, failed_rows = self.machine.execute(batch)
-        return self.update(batch, draws, failed_rows)
+        return self.finish(batch) if batch.sequences else []
 
     def run(self) -> None:
         """Step until idle, or for longer than any schedule that makes progress can need."""
@@ -292,7 +333,8 @@ class SimulatedEngine:
             table = self.blocks.block_table(sequence.seq_id)
             assert len(set(table)) == len(table)
             missing = -(-sequence.num_tokens // block_size) - len(table)
-            assert missing in (0, 1), "one short at most: the token just drawn"
+            num_spare = -(-(sequence.max_num_rounds - 1) // block_size)  # of rounds taken back
+            assert -num_spare <= missing <= 1, "one short at most: the token just drawn"
             assert len(table) * block_size >= sequence.num_computed_tokens
             for index, block in enumerate(table):
                 holders.setdefault(block, []).append((sequence, index))

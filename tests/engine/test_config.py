@@ -15,6 +15,7 @@ def test_the_defaults_are_possible() -> None:
     [
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"max_num_sequences": 0}, "max_num_sequences must be at least 1, got 0"),
+        ({"max_num_rounds": 0}, "max_num_rounds must be at least 1, got 0"),
         ({"num_blocks": 1}, "num_blocks must be at least 2 .* or absent .* got 1"),
         (
             {"max_num_sequences": 8, "max_num_scheduled_tokens": 7},

@@ -123,6 +123,125 @@ def test_whatever_happens_changes_nothing(seed: int) -> None:
     assert drawn(ours, workload) == drawn(usual, workload)
 
 
+@pytest.mark.parametrize("max_num_rounds", [3, 8])
+@pytest.mark.parametrize("seed", range(8))
+def test_several_rounds_change_nothing(max_num_rounds: int, seed: int) -> None:
+    """Against an engine that looks at every token: ends, arrivals, aborts, little room."""
+    chance = random.Random(seed)
+    submits: list[Submit] = []
+    arrivals: dict[int, list[Submit]] = {}
+    aborts: dict[int, list[Abort]] = {}
+    for index in range(9):
+        choices = [Choice(seq_id=2 * index + i, index=i) for i in range(chance.choice([1, 1, 2]))]
+        submit = Submit(
+            request_id=f"r{index}",
+            prompt_ids=random_prompt(chance.randint(1, 12), seed=100 * seed + index),
+            choices=choices,
+            params=params(
+                max_tokens=chance.randint(1, 40),
+                temperature=chance.choice([0.0, 1.0]),
+                top_p=chance.choice([1.0, 0.9]),
+                logprobs=chance.choice([None] * 6 + [1]),
+                has_stop_strings=chance.random() < 0.3,
+                stop_token_ids=chance.choice([(), (5, 6)]),
+                seed=index,
+                ignore_eos=chance.random() < 0.3,
+            ),
+        )
+        submits.append(submit)
+        arrivals.setdefault(chance.randint(0, 20), []).append(submit)
+        if chance.random() < 0.3:
+            aborts.setdefault(chance.randint(0, 20), []).append(Abort(request_id=f"r{index}"))
+    settings: dict[str, Any] = {"eos_token_ids": (0, 40, 80), "share_completion_blocks": False}
+    usual = make_engine(attention=PagedAttention, **settings)
+    expected = tokens_of(usual, {0: submits}, {})
+    ours = make_engine(
+        attention=PagedAttention,
+        decode_step=DecodeStep,
+        num_blocks=chance.choice([18, 24, 100]),
+        max_num_sequences=chance.choice([2, 5, 16]),
+        max_num_rounds=max_num_rounds,
+        **settings,
+    )
+
+    found = tokens_of(ours, arrivals, aborts)
+
+    aborted = {abort.request_id for some in aborts.values() for abort in some}
+    for submit in submits:
+        for choice in submit.choices:
+            tokens, whole = found.get(choice.seq_id, []), expected[choice.seq_id]
+            if submit.request_id in aborted:
+                assert tokens == whole[: len(tokens)]
+            else:
+                assert tokens == whole
+    assert ours.counts().stats.num_used_blocks == 0
+
+
+def tokens_of(
+    engine: Engine, arrivals: dict[int, list[Submit]], aborts: dict[int, list[Abort]]
+) -> dict[int, list[Any]]:
+    """What each sequence is told, in order, where requests come and go before given steps."""
+    told: dict[int, list[Any]] = {}
+    step = 0
+    while step <= max([*arrivals, *aborts]) or not engine.is_idle:
+        for submit in arrivals.get(step, []):
+            engine.add(submit)
+        for abort in aborts.get(step, []):
+            engine.abort(abort)
+        output = engine.step()
+        for token in output.outputs if output is not None else []:
+            told.setdefault(token.seq_id, []).append((token.token_id, token.finish_reason))
+        step += 1
+    return told
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [({}, 8), ({"has_stop_strings": True}, 4), ({"logprobs": 0}, 1), ({"min_tokens": 3}, 1)],
+)
+def test_a_frame_carries_as_many_tokens_as_need_no_host(changes: dict[str, Any], most: int) -> None:
+    engine = make_engine(max_num_rounds=8, **ON_DEVICE)
+    choices = [Choice(seq_id=0, index=0)]
+    one = params(max_tokens=33, **changes)
+    engine.add(Submit(request_id="a", prompt_ids=[1], choices=choices, params=one))
+
+    counts = []
+    while (output := engine.step()) is not None:
+        counts.append(len(output.outputs))
+
+    assert counts == [1] + [most] * (32 // most)
+
+
+def test_an_engine_whose_device_waits_for_the_host_looks_at_every_token() -> None:
+    engine = make_engine(max_num_rounds=8, share_completion_blocks=False)
+    choices = [Choice(seq_id=0, index=0)]
+    engine.add(Submit(request_id="a", prompt_ids=[1], choices=choices, params=params()))
+
+    counts = []
+    while (output := engine.step()) is not None:
+        counts.append(len(output.outputs))
+
+    assert counts == [1] * 12
+
+
+def test_who_arrives_waits_for_the_rounds_that_were_started_and_no_more() -> None:
+    engine = make_engine(max_num_rounds=8, **ON_DEVICE)
+    for seq_id in range(2):
+        if seq_id:
+            for _ in range(3):
+                engine.step()
+        choices = [Choice(seq_id=seq_id, index=0)]
+        one = params(max_tokens=60)
+        engine.add(Submit(request_id=f"r{seq_id}", prompt_ids=[1], choices=choices, params=one))
+
+    outputs = [engine.step() for _ in range(3)]
+
+    told = [[token.seq_id for token in output.outputs] for output in outputs if output is not None]
+    assert told[0] == [0] * 8, "was under way"
+    assert told[1] == [0, 1], "comes in"
+    assert told[2] == [0, 1] * 8
+
+
 class Recording(DecodeStep):
     """Notes when steps are started and when they are read."""
 
@@ -136,32 +255,43 @@ class Recording(DecodeStep):
         self._num_runs += 1
         return super().run(num_rows, sampling)
 
-    def read(self, token_ids: torch.Tensor) -> Callable[[], list[int]]:
+    def read(self, token_ids: torch.Tensor) -> Callable[[], list[list[int]]]:
         number = self._num_reads
         self._num_reads += 1
 
-        def wait() -> list[int]:
+        def wait() -> list[list[int]]:
             self.events.append(f"read {number}")
-            values: list[int] = token_ids.tolist()
+            values: list[list[int]] = token_ids.tolist()
             return values
 
         return wait
 
 
-def test_the_next_step_starts_before_the_last_one_is_read() -> None:
+@pytest.mark.parametrize(
+    ("max_num_rounds", "num_tokens", "events"),
+    [
+        (
+            1,
+            5,
+            ["start 0", "start 1", "read 0", "start 2", "read 1", "start 3", "read 2", "read 3"],
+        ),
+        (2, 6, [*(f"start {i}" for i in range(4)), "read 0", "start 4", "read 1", "read 2"]),
+    ],
+)
+def test_the_next_step_starts_before_the_last_one_is_read(
+    max_num_rounds: int, num_tokens: int, events: list[str]
+) -> None:
     steps: list[Recording] = []
 
     def make(*arguments: Any, **keywords: Any) -> Recording:
         steps.append(Recording(*arguments, **keywords))
         return steps[-1]
 
-    engine = make_engine(attention=PagedAttention, decode_step=make, share_completion_blocks=False)
-    run(engine, [Request([1, 2, 3], params(max_tokens=5))])
+    engine = make_engine(**{**ON_DEVICE, "decode_step": make}, max_num_rounds=max_num_rounds)
+    run(engine, [Request([1, 2, 3], params(max_tokens=num_tokens))])
 
     (step,) = steps
-    assert step.events == [
-        "start 0", "start 1", "read 0", "start 2", "read 1", "start 3", "read 2", "read 3",
-    ]  # fmt: skip
+    assert step.events == events
 
 
 def test_an_engine_is_not_idle_while_a_step_is_under_way() -> None:
@@ -203,12 +333,14 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
         Request(random_prompt(8, seed=1), GREEDY),
         Request(random_prompt(2, seed=2), params(max_tokens=7)),
     ]
-    engine = make_engine(model, **ON_DEVICE)
-
-    broken, healthy = run(engine, workload)
+    (watched, _), (broken, healthy) = (
+        run(make_engine(model, max_num_rounds=max_num_rounds, **ON_DEVICE), workload)
+        for max_num_rounds in (1, 8)
+    )
 
     assert broken[0].finish_reason == "error"
     assert healthy[0].finish_reason == "length"
+    assert broken[0].drawn == watched[0].drawn
 
 
 class FailsOnce:
@@ -272,6 +404,23 @@ def test_the_step_reads_nothing_back_to_the_host(sampling: Sampling) -> None:
     by_host = sampling == Sampling.BY_HOST
     assert result.shape == ((3, VOCAB_SIZE) if by_host else (3,))
     assert result.device.type == "meta"
+
+
+@pytest.mark.parametrize("kind", [GREEDY, PLAIN, FILTERED])
+@torch.inference_mode()
+def test_several_rounds_read_nothing_back_to_the_host(kind: SamplingParams) -> None:
+    with torch.device("meta"):
+        model = GPT(CONFIG).eval()
+    loop = DecodeLoop(make_step(model, device="meta"), Tables([1, 2, 3, 4]), max_num_sequences=4)
+    sequence = Sequence(
+        seq_id=7, request_id="a", prompt_ids=[1] * 6, params=kind, n_ctx=CONFIG.n_ctx
+    )
+    sequence.num_computed_tokens = 5
+
+    drawn = loop.run([sequence], [2], num_rounds=8)
+
+    assert drawn.shape == (8, 1)
+    assert drawn.device.type == "meta"
 
 
 @pytest.mark.parametrize("sampling", [Sampling.GREEDY, Sampling.PLAIN, Sampling.FILTERED])

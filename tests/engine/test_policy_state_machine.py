@@ -64,6 +64,7 @@ class PolicyStateMachine(RuleBasedStateMachine):
         ignore_eos=st.sampled_from([True, True, False]),
         stop_token_ids=st.sampled_from([(), (), (), (3,)]),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        max_num_rounds=st.sampled_from([1, 2, 4, 8, 8, 8]),
     )
     def add(
         self,
@@ -76,6 +77,7 @@ class PolicyStateMachine(RuleBasedStateMachine):
         ignore_eos: bool,
         stop_token_ids: tuple[int, ...],
         prompt_logprobs: int | None,
+        max_num_rounds: int,
     ) -> None:
         num_prompt_tokens = min(num_prompt_tokens, self.engine.n_ctx)
         prompt_ids = (pattern * num_prompt_tokens)[:num_prompt_tokens]
@@ -87,6 +89,7 @@ class PolicyStateMachine(RuleBasedStateMachine):
                 choice=choice,
                 salt=salt,
                 priority=priority,
+                max_num_rounds=max_num_rounds,
                 params=SamplingParams(
                     max_tokens=max_tokens,
                     ignore_eos=ignore_eos,
@@ -108,10 +111,16 @@ class PolicyStateMachine(RuleBasedStateMachine):
         batch = self.engine.schedule()
         rows = st.integers(0, len(batch.sequences) - 1)
         faulty_rows = {data.draw(rows)} if has_fault else set()
-        draws, failed_rows = self.engine.machine.execute(batch, faulty_rows)
-        for _ in range(num_aborts):
-            self.abort(data)
-        self.engine.update(batch, draws, failed_rows)
+        faulty_round = data.draw(st.integers(0, batch.num_rounds - 1))
+        for number in range(batch.num_rounds):
+            draws, failed_rows = self.engine.machine.execute(
+                batch, faulty_rows if number == faulty_round else ()
+            )
+            if number == 0:
+                for _ in range(num_aborts):
+                    self.abort(data)
+            is_over = number == batch.num_rounds - 1
+            self.engine.update(batch, draws, failed_rows, is_over=is_over)
 
     @precondition(lambda self: self.live())
     @rule(
@@ -163,6 +172,7 @@ class PolicyStateMachine(RuleBasedStateMachine):
                 completion_ids=old.delivered[sequence.seq_id],
                 salt=sequence.salt,
                 priority=sequence.priority,
+                max_num_rounds=sequence.max_num_rounds,
                 params=sequence.params,
             )
 
@@ -179,6 +189,7 @@ class PolicyStateMachine(RuleBasedStateMachine):
             completion_ids=sequence.completion_ids,
             salt=sequence.salt,
             priority=sequence.priority,
+            max_num_rounds=sequence.max_num_rounds,
             params=sequence.params,
         )
 

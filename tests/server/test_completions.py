@@ -380,6 +380,17 @@ def test_ids_of_requests_are_echoed_or_made(serve: Serve) -> None:
     assert "prompt" not in timeline
 
 
+@pytest.mark.parametrize(("stop", "is_told"), [(None, False), ([], False), (["zz"], True)])
+def test_the_engine_is_told_whether_a_string_may_end_the_text(
+    serve: Serve, stop: list[str] | None, is_told: bool
+) -> None:
+    with serve() as (client, service):
+        complete(client, stop=stop)
+        (request,) = service.engine.submitted
+
+    assert request.params.has_stop_strings == is_told
+
+
 def test_sampling_fields_reach_the_engine(serve: Serve) -> None:
     fields: dict[str, Any] = {
         "temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.8,
