@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from engine.config import EngineConfig, LaunchConfig
+from engine.cpu_threads import choose_threads
 from engine.engine import Engine
 from engine.errors import DoesNotFit, StartRefused
 from engine.memory import plan_memory
@@ -36,8 +37,8 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
     Raises CheckpointError for the checkpoint, StartRefused for device or precision, DoesNotFit for
     the memory.
     """
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    threads = choose_threads(config.num_threads, torch.get_num_threads())
+    torch.set_num_threads(threads.count)
     layout = read_layout(Path(config.model))
     device = _choose_device(config.device)
     precision = choose_precision(config.dtype, Abilities.of(device))
@@ -118,6 +119,7 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
         weights_id=digest,
         is_batch_invariant=is_batch_invariant,
         same_bytes=config.same_bytes,
+        threads=f"{threads.count}, {threads.reason}" if device.type == "cpu" else "",
     )
     return engine, ready
 

@@ -90,7 +90,9 @@ def serve(
     num_threads: Annotated[
         int | None,
         typer.Option(
-            envvar="KVIK_NUM_THREADS", help="Threads of a CPU engine.", show_default="all cores"
+            envvar="KVIK_NUM_THREADS",
+            help="Threads of a CPU engine.",
+            show_default="one a core, within the CPU quota",
         ),
     ] = None,
     max_waiting_requests: Annotated[

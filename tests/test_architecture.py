@@ -51,6 +51,7 @@ NO_TORCH = [
     "engine/block_manager.py",
     "engine/client.py",
     "engine/config.py",
+    "engine/cpu_threads.py",
     "engine/errors.py",
     "engine/flight_recorder.py",
     "engine/memory.py",
