@@ -54,6 +54,7 @@ NO_TORCH = [
     "engine/cpu_threads.py",
     "engine/errors.py",
     "engine/flight_recorder.py",
+    "engine/kernel_folder.py",
     "engine/memory.py",
     "engine/messages.py",
     "engine/sampling_params.py",
