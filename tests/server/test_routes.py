@@ -11,7 +11,7 @@ from server.routes import PAGES
 from server.served_model import ServedModel
 from server.service import VERSION
 from tests.server.conftest import Serve, make_client
-from tests.server.fakes import FACTS
+from tests.server.fakes import FACTS, FakeEngine
 from tests.server.test_errors import check_shape
 
 
@@ -224,6 +224,7 @@ def test_the_fingerprint_tells_what_decides_on_the_bytes(
 ) -> None:
     def fingerprint(facts: Ready) -> str:
         with make_client(served) as (_, service):
+            assert isinstance(service.engine, FakeEngine)
             service.engine.facts = facts
             return service.fingerprint()
 
@@ -235,6 +236,7 @@ def test_the_fingerprint_is_the_same_after_a_restart(served: ServedModel) -> Non
     found = set()
     for facts in (FACTS, again):
         with make_client(served) as (_, service):
+            assert isinstance(service.engine, FakeEngine)
             service.engine.facts = facts
             found.add(service.fingerprint())
 
