@@ -321,7 +321,9 @@ class EngineClient:
         """Run a worker until it ends. False: it refused to start, and another would as well."""
         worker, self._first_worker = self._first_worker, None
         worker = self._worker = worker or WorkerProcess(
-            max_num_sequences=self._config.engine.max_num_sequences, module=self._worker_module
+            self._config.model,
+            max_num_sequences=self._config.engine.max_num_sequences,
+            module=self._worker_module,
         )
         watch: asyncio.Task[None] | None = None
         try:

@@ -182,7 +182,7 @@ def serve(
             max_num_scheduled_tokens=max_num_scheduled_tokens,
             enable_prefix_cache=prefix_cache,
         )
-        with WorkerProcess(max_num_sequences=max_num_sequences) as first_worker:
+        with WorkerProcess(layout.directory, max_num_sequences=max_num_sequences) as first_worker:
             # What the worker imports takes longer than all of the following, and goes on beside it.
             from engine.config import LaunchConfig
             from server.announcement import describe_start

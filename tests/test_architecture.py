@@ -44,6 +44,7 @@ NO_TORCH = [
     "model/files.py",
     "model/tokenizer.py",
     "model/vocabulary.py",
+    "weights/digest.py",
     "weights/hub.py",
     "weights/inspection.py",
     "weights/layout.py",
