@@ -18,7 +18,8 @@ RUN /opt/kvik/bin/pip install --no-cache-dir --disable-pip-version-check ${PIP_A
 
 FROM ${BASE_IMAGE}
 COPY --from=build /opt/kvik /opt/kvik
-RUN useradd --create-home --uid 1000 kvik && install -d -o kvik -g kvik /var/cache/kvik
+# The group is root's, which a container has that is run as a user of another number.
+RUN useradd --create-home --uid 1000 kvik && install -d -o kvik -g root -m 775 /var/cache/kvik
 USER kvik
 WORKDIR /home/kvik
 # Kernels are compiled for the processor at hand by the first start, and kept in a volume: it can be

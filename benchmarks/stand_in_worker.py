@@ -131,7 +131,7 @@ def _num_unread_bytes(connection: socket.socket) -> int:
 
 def main() -> None:
     """Run as a process of its own."""
-    socket_fd, recorder_fd, _ = (int(argument) for argument in sys.argv[1:])
+    socket_fd, recorder_fd, _ = (int(argument) for argument in sys.argv[1:4])
     gone = contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError)
     with socket.socket(fileno=socket_fd) as connection, gone:
         _StandIn(connection, FlightRecorder(recorder_fd)).run()

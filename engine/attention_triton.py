@@ -243,11 +243,13 @@ def _as_stored(values, cache):
         values = values.to(tl.float32)
         values = tl.where(values > 448.0, 448.0, values)  # not minimum: NaN must stay NaN
         values = tl.where(values < -448.0, -448.0, values)
+        # A conversion may cut or round a NaN's bits, and of most a number is left: not of these.
+        no_number = tl.full((), 0x7FF00000, tl.int32).to(tl.float32, bitcast=True)
         # To nearest and even: beside 2^23 eighths of a value's power of two (from 2^-6 on) there
         # is no place for more than three bits of it.
         power = (values.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         magic = tl.where(power < 0.015625, 0.015625, power) * (1.5 * 1048576.0)
-        return (values + magic) - magic
+        return tl.where(values == values, (values + magic) - magic, no_number)
     else:
         return values.to(cache.dtype.element_ty).to(tl.float32)
 

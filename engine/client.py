@@ -321,11 +321,13 @@ class EngineClient:
         """Run a worker until it ends. False: it refused to start, and another would as well."""
         worker, self._first_worker = self._first_worker, None
         worker = self._worker = worker or WorkerProcess(
-            max_num_sequences=self._config.engine.max_num_sequences, module=self._worker_module
+            self._config.model,
+            max_num_sequences=self._config.engine.max_num_sequences,
+            module=self._worker_module,
         )
-        reader, self._writer = await asyncio.open_connection(sock=worker.take_connection())
         watch: asyncio.Task[None] | None = None
         try:
+            reader, self._writer = await asyncio.open_connection(sock=worker.take_connection())
             self._send(pack(Start(config=self._config)))
             try:
                 async with asyncio.timeout(self._start_seconds):
@@ -355,12 +357,12 @@ class EngineClient:
 
     async def _bury(self, worker: WorkerProcess) -> None:
         """See a worker to its end, and find out whom it died of."""
-        assert self._writer is not None
         was_ready = self.state == EngineState.READY
         if was_ready:
             self.state = EngineState.RESTARTING
-        self._writer.close()
-        self._writer = None
+        if self._writer is not None:  # or we were stopped before there was one
+            self._writer.close()
+            self._writer = None
         with worker:
             how = await worker.end(grace_seconds=_GRACE_SECONDS if was_ready else 0)
             self._worker = None

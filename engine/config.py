@@ -80,7 +80,7 @@ class LaunchConfig:
     # by their shape; a CPU has no use for it.
     same_bytes: bool = True
     kv_cache_bytes: int | None = None  # None: as memory allows
-    num_threads: int | None = None  # of the CPU's products; None: as torch chooses
+    num_threads: int | None = None  # of a CPU engine; None: see `engine.cpu_threads`
     # Ids that may be sampled, for whoever has read the tokenizer; None: it is read again.
     vocab_size: int | None = None
     engine: EngineConfig = EngineConfig()

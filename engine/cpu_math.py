@@ -5,7 +5,8 @@ over, numba's cache on disk never finds the kernel again.
 """
 
 import hashlib
-import os
+import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +15,44 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.kernel_folder import BESIDE_THE_CODE, first_writable
+
+logger = logging.getLogger(__name__)
+
 Array = NDArray[Any]
 
 # What compiled kernels are made of.
 _SOURCES = ("*cpu*.py", "*avx512*.py", "vectors.py", "draw.py", "random_stream.py")
 
 
-def _keep_kernels_by_source() -> None:
+def _keep_kernels_by_source() -> "tempfile.TemporaryDirectory[str] | None":
     """Let compiled kernels be found again only as long as nothing they are made of has changed.
 
     numba's cache looks at the file of a kernel alone: after an upgrade of what the kernel calls, it
     would go on with the old code. So each state of the sources has a folder of its own, below
-    NUMBA_CACHE_DIR, or else beside the code if that can be written, or else in the user's cache.
+    NUMBA_CACHE_DIR, or else beside the code. Where neither can be written, kernels lie in a folder
+    that is returned, and goes with the process.
     """
     here = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(path for pattern in _SOURCES for path in here.glob(pattern)):
         digest.update(path.read_bytes())
-    if numba.config.CACHE_DIR:
-        base = Path(numba.config.CACHE_DIR)
-    elif os.access(here, os.W_OK):
-        base = here / "__pycache__"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvik"
+    asked = [Path(numba.config.CACHE_DIR)] if numba.config.CACHE_DIR else []
+    base = first_writable([*asked, BESIDE_THE_CODE])
+    passing = None
+    if base is None:
+        passing = tempfile.TemporaryDirectory(prefix="kvik-kernels-")
+        base = Path(passing.name)
+        logger.warning(
+            "compiled kernels cannot be kept, so every start compiles them anew; let "
+            "NUMBA_CACHE_DIR name a folder that can be written folder=%s",
+            *(asked or [BESIDE_THE_CODE]),
+        )
     numba.config.CACHE_DIR = str(base / f"kernels-{digest.hexdigest()[:16]}")
+    return passing
 
 
-_keep_kernels_by_source()
+_passing_folder = _keep_kernels_by_source()
 
 # What kernels may do to sums and products. Sums are reordered for vector registers, the same way
 # for every row; infinities and NaN survive, or a broken row would pass for a good one.

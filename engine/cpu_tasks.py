@@ -9,6 +9,7 @@ one after another, get through as well. Plain functions for numba's kernels; the
 import atexit
 import ctypes
 import functools
+import logging
 import os
 import platform
 import threading
@@ -24,12 +25,19 @@ from numba.core import cgutils, types
 
 from engine.cpu_math import Array
 
+logger = logging.getLogger(__name__)
+
 Kernel = Callable[..., None]  # compiled, and without the interpreter's lock while it runs
-_Call = tuple[Kernel, tuple[Any, ...]]
+_Call = tuple[Kernel, tuple[Any, ...], list[Exception]]  # and what the other threads raised
 
 _libc = ctypes.CDLL(None)
 
+_NEVER = -(2**62)  # more tasks done than that are less than none, however many follow
 _PATIENCE = 2000  # looks at a count before the core is offered to others: some 30 microseconds
+
+
+class GivenUp(Exception):  # noqa: N818
+    """Another thread's part of this kernel failed, so its tasks will never be done."""
 
 
 class Team:
@@ -38,6 +46,8 @@ class Team:
     The call ends when the caller's own part does, and a kernel of phases ends when its tasks are
     done: a thread that is late then finds none, and touches nothing but the counts. A parallel
     loop of a compiler's would wait for it, and takes as long again to compile.
+
+    Where a thread's part fails with tasks taken and not done, the call fails in all threads.
     """
 
     def __init__(self, num_threads: int) -> None:
@@ -49,7 +59,7 @@ class Team:
             self._inboxes.append(inbox)
             name = f"kvik-cpu-{thread}"
             follower = threading.Thread(
-                target=_follow, args=(thread, inbox), name=name, daemon=True
+                target=self._follow, args=(thread, inbox), name=name, daemon=True
             )
             follower.start()
             self._threads.append(follower)
@@ -57,14 +67,24 @@ class Team:
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
         self._core = -1
 
-    def run(self, kernel: Kernel, *arguments: Any) -> None:
-        """Call `kernel(thread, num_threads, *arguments)` in every thread, the caller's being 0."""
+    def run(self, kernel: Kernel, counts: Array, *arguments: Any) -> None:
+        """Call `kernel(thread, num_threads, counts, *arguments)` in every thread, the caller's 0.
+
+        `counts` are those of the kernel's phases. Raises what the kernel raised, in any thread.
+        """
         if self._inboxes and len(self._cores) > 1:
             self._keep_apart()
-        call = (kernel, (self.num_threads, *arguments))
+        all_arguments = (self.num_threads, counts, *arguments)
+        errors: list[Exception] = []
         for inbox in self._inboxes:
-            inbox.put(call)
-        kernel(0, *call[1])
+            inbox.put((kernel, all_arguments, errors))
+        try:
+            kernel(0, *all_arguments)
+        except GivenUp:
+            raise errors[0] from None
+        except BaseException:
+            _give_up(counts)
+            raise
 
     def stop(self) -> None:
         """Let the other threads end, once they are through with what they were given."""
@@ -72,6 +92,19 @@ class Team:
             inbox.put(None)
         for thread in self._threads:
             thread.join()
+
+    def _follow(self, thread: int, inbox: "SimpleQueue[_Call | None]") -> None:
+        while (call := inbox.get()) is not None:
+            kernel, arguments, errors = call
+            try:
+                kernel(thread, *arguments)
+            except GivenUp:
+                pass
+            except Exception as error:  # whatever it is: the others must not wait for us for ever
+                logger.exception("kernel failed thread=%d", thread)
+                errors.append(error)
+                _give_up(arguments[1])
+            del call, kernel, arguments, errors  # arrays that a step has outgrown may go
 
     def _keep_apart(self) -> None:
         """Keep the other threads off the caller's core.
@@ -91,13 +124,6 @@ class Team:
                 os.sched_setaffinity(thread.native_id, others)
 
 
-def _follow(thread: int, inbox: "SimpleQueue[_Call | None]") -> None:
-    while (call := inbox.get()) is not None:
-        kernel, arguments = call
-        kernel(thread, *arguments)
-        del call, kernel, arguments  # arrays that a step has outgrown may go
-
-
 @functools.cache
 def team(num_threads: int) -> Team:
     """The threads of this process, as many in all: there is no use in more of them than cores."""
@@ -105,6 +131,11 @@ def team(num_threads: int) -> Team:
     # An interpreter that ends while a thread comes back from a kernel aborts the process.
     atexit.register(found.stop)
     return found
+
+
+def _give_up(counts: Array) -> None:
+    """Let nobody wait any more for tasks that a thread took and will not finish."""
+    counts[:, 1, 0] = _NEVER
 
 
 def counters(num_phases: int) -> Array:
@@ -197,12 +228,17 @@ def phase_ends(counts: Array) -> Array:
 
 @numba.extending.register_jitable
 def wait(counts: Any, phase: Any, num_tasks: Any) -> None:
-    """Wait until all tasks of a phase are done, and see what they wrote."""
+    """Wait until all tasks of a phase are done, and see what they wrote.
+
+    Raises GivenUp where a thread failed: then they never will be.
+    """
     looks = 0
     while _num_done(counts, phase) < num_tasks:
         looks += 1
         if looks < _PATIENCE:
             _pause()
+        elif _num_done(counts, phase) < 0:
+            raise GivenUp
         else:
             _yield_core()
     _stamp(counts, phase)

@@ -160,8 +160,6 @@ class DecodeStep:
                     top_p,
                     min_p,
                     torch.ones_like(top_p),
-                    largest_top_k=self.vocab_size,
-                    has_top_p=True,
                     has_typical_p=False,
                 )
                 kept = kept_tokens(logits, temperature, filters)

@@ -37,14 +37,11 @@ POWERS_OF_TWO = tuple(math.log(2) ** k / math.factorial(k) for k in range(1, 7))
 class Filters:
     """The filters of R rows, each (R,)."""
 
-    top_k: Tensor  # int64, at least 1; more than `largest_top_k` is off
+    top_k: Tensor  # int64, at least 1; the vocabulary or more is off
     top_p: Tensor  # float64, as the rest; 1 is off
     min_p: Tensor  # 0 is off
     typical_p: Tensor  # 1 is off
-    # Facts about the values, on the host, that decide which operations run:
-    largest_top_k: int  # at most the vocabulary; 0 when none is on
-    has_top_p: bool
-    has_typical_p: bool
+    has_typical_p: bool  # known on the host, as it decides which operations run
 
 
 def draw(

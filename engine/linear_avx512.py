@@ -43,6 +43,7 @@ _VALUES = {FLOAT32: 1, BFLOAT16: 2, INT8: 4}  # inputs that one instruction take
 _ROWS = 8  # of a tile: with 48 outputs it takes 24 of the 32 registers
 _LANES = 16
 _WIDTH = BLOCKS * _LANES
+_VALUES_AT_ONCE = 2**19  # of weights that are packed
 _ROWS_A_TASK = 4  # of those that are made a product's inputs
 _FEW_ROWS = 4  # so few wait for memory alone, and the processor's own looking ahead serves best
 
@@ -415,33 +416,47 @@ class PackedWeights:
         the range of each row.
         """
         weight = weight.detach()
-        offset: Tensor | None = None
+        gain = offset = None
         if norm is not None:
             self.epsilon = np.float32(norm.eps)
             if not self._gain.size:
                 shape = (len(self._gain), self._size)
                 self._gain, self._offset = np.ones(shape, np.float32), np.zeros(shape, np.float32)
-            offset = norm.bias
-        if self.kind == INT8:
-            weight = weight.float()
-            if norm is not None:
-                # A norm's gains may make a few channels loud, and 8 bits would hold only those. So
-                # weights and bias take gains and offsets over: what is quantised is even.
-                if offset is not None:
-                    added = weight @ offset.detach().float()
-                    bias = added if bias is None else bias.detach().float() + added
-                weight = weight * norm.weight.detach().float()
-            scales = weight.abs().amax(1).clamp(min=1e-30) / 127
-            weight = (weight / scales[:, None]).round().to(torch.int8)
-            self._column_scales[layer, : len(weight)] = scales
-            self._column_sums[layer, : len(weight)] = weight.sum(1, dtype=torch.int32)
-        elif norm is not None:
-            self._gain[layer] = norm.weight.detach().float()
-            if offset is not None:
-                self._offset[layer] = offset.detach().float()
+            gain = norm.weight.detach().float()
+            offset = None if norm.bias is None else norm.bias.detach().float()
         if bias is not None:
             self._bias[layer, : len(weight)] = bias.detach().float()
-        _pack(weight, self._packed[layer])
+        if self.kind != INT8 and gain is not None:
+            self._gain[layer] = gain
+            if offset is not None:
+                self._offset[layer] = offset
+        # Some outputs at a time: as much memory as the head would take at once is slow to come.
+        count = max(1, _VALUES_AT_ONCE // (_WIDTH * self._size)) * _WIDTH
+        for first in range(0, len(weight), count):
+            some = weight[first : first + count]
+            outputs = slice(first, first + len(some))
+            if self.kind == INT8:
+                some = self._quantize(layer, outputs, some.float(), gain, offset)
+            blocks = slice(first // _LANES, -(-(first + len(some)) // _WIDTH) * _BLOCKS)
+            _pack(some, self._packed[layer, blocks])
+
+    def _quantize(
+        self, layer: int, outputs: slice, weight: Tensor, gain: Tensor | None, offset: Tensor | None
+    ) -> Tensor:
+        """Bring weights (out, in) of some outputs to 8 bits.
+
+        A norm's gains may make a few channels loud, and 8 bits would hold only those. So weights
+        and bias take gains and offsets over: what is quantised is even.
+        """
+        if offset is not None:
+            self._bias[layer, outputs] += (weight @ offset).numpy()
+        if gain is not None:
+            weight = weight * gain
+        scales = weight.abs().amax(1).clamp(min=1e-30) / 127
+        codes = (weight / scales[:, None]).round_().to(torch.int8)
+        self._column_scales[layer, outputs] = scales
+        self._column_sums[layer, outputs] = codes.sum(1, dtype=torch.int32)
+        return codes
 
     @property
     def weights(self) -> Weights:

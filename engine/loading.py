@@ -2,17 +2,17 @@
 
 import ctypes
 import dataclasses
-import hashlib
 import logging
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from engine.config import EngineConfig, LaunchConfig
+from engine.cpu_threads import choose_threads
 from engine.engine import Engine
 from engine.errors import DoesNotFit, StartRefused
 from engine.memory import plan_memory
@@ -22,6 +22,7 @@ from model.config import GPTConfig
 from model.gpt import GPT
 from model.vocabulary import TokenizerError
 from weights.checkpoint import load_layout
+from weights.digest import start_hashing
 from weights.layout import Layout, read_layout, read_tokenizer
 from weights.ledger import MemoryLedger, available_memory_bytes, kv_bytes_per_token
 
@@ -30,14 +31,16 @@ logger = logging.getLogger(__name__)
 _NAMES = {torch.float8_e4m3fn: "float8"}
 
 
-def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
+def load_engine(
+    config: LaunchConfig, *, hashing: Future[str] | None = None
+) -> tuple[Engine, Ready]:
     """Load a checkpoint, plan the memory, and build the engine and what it says of itself.
 
-    Raises CheckpointError for the checkpoint, StartRefused for device or precision, DoesNotFit for
-    the memory.
+    `hashing` is that of its weights, where it has begun already. Raises CheckpointError for the
+    checkpoint, StartRefused for device or precision, DoesNotFit for the memory.
     """
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    threads = choose_threads(config.num_threads, torch.get_num_threads())
+    torch.set_num_threads(threads.count)
     layout = read_layout(Path(config.model))
     device = _choose_device(config.device)
     precision = choose_precision(config.dtype, Abilities.of(device))
@@ -50,45 +53,49 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
             "--same-bytes on."
         )
     vocab_size = config.vocab_size or _known_ids(layout)
-    # Hashing and reading let go of the interpreter lock, and kernels want it for much of a second.
-    with ThreadPoolExecutor(2) as executor:
-        reading = executor.submit(load_layout, layout, device=device, dtype=dtype)
-        hashing = executor.submit(hash_weights, layout)
-        if device.type == "cpu":
-            _load_kernels(layout.config, precision, kv_cache_dtype)
-        model, digest = reading.result(), hashing.result()
-    # Packing adds a copy of the embedding, as the output head.
-    weights_bytes = MemoryLedger.of(layout.config, precision=precision.name).weights_bytes
-    growth = max(0, weights_bytes - sum(p.nbytes for p in model.parameters()))
+    hashing = hashing or start_hashing(layout.directory)
     engine_config = config.engine.for_device(device.type)
-    plan = plan_memory(
-        layout.config,
-        engine_config,
-        bytes_per_value=dtype.itemsize,
-        kv_bytes_per_token=kv_bytes_per_token(layout.config, kv_cache_precision),
-        weights_bytes=weights_bytes,
-        available_bytes=_available_bytes(device) - growth,
-        kv_cache_bytes=config.kv_cache_bytes,
-    )
-    try:
-        engine = Engine(
-            model,
+    on_cpu = device.type == "cpu"
+    with ThreadPoolExecutor(1) as executor:
+        # LLVM and torch let go of the interpreter's lock: kernels come while weights are packed.
+        if on_cpu:
+            kernels = executor.submit(_load_kernels, layout.config, precision, kv_cache_dtype)
+        # On a CPU each block is packed, and read no sooner: reading all of them at first would take
+        # as much memory again, which takes longer to come than what is read into it.
+        model = load_layout(layout, device=device, dtype=dtype, reads_blocks_late=on_cpu)
+        weights_bytes = MemoryLedger.of(layout.config, precision=precision.name).weights_bytes
+        held = sum(p.nbytes for p in model.parameters() if not p.is_meta)
+        plan = plan_memory(
+            layout.config,
             engine_config,
-            num_blocks=plan.num_blocks,
-            vocab_size=vocab_size,
-            eos_token_ids=layout.eos_token_ids,
-            weights_id=bytes.fromhex(digest),
-            quantizes=precision.quantizes,
-            kv_cache_dtype=kv_cache_dtype,
-            same_bytes=config.same_bytes,
+            bytes_per_value=dtype.itemsize,
+            kv_bytes_per_token=kv_bytes_per_token(layout.config, kv_cache_precision),
+            weights_bytes=weights_bytes,
+            available_bytes=_available_bytes(device) - max(0, weights_bytes - held),
+            kv_cache_bytes=config.kv_cache_bytes,
         )
-    # torch's out-of-memory errors are RuntimeErrors, and mapped memory's OSErrors.
-    except (MemoryError, OSError, RuntimeError) as error:
-        raise DoesNotFit(
-            f"The KV cache of {plan.kv_cache_bytes / 1e6:.0f} MB could not be allocated "
-            f"({error}): lower kv_cache_bytes or num_blocks."
-        ) from error
-    del model
+        digest = hashing.result()
+        try:
+            engine = Engine(
+                model,
+                engine_config,
+                num_blocks=plan.num_blocks,
+                vocab_size=vocab_size,
+                eos_token_ids=layout.eos_token_ids,
+                weights_id=bytes.fromhex(digest),
+                quantizes=precision.quantizes,
+                kv_cache_dtype=kv_cache_dtype,
+                same_bytes=config.same_bytes,
+            )
+        # torch's out-of-memory errors are RuntimeErrors, and mapped memory's OSErrors.
+        except (MemoryError, OSError, RuntimeError) as error:
+            raise DoesNotFit(
+                f"The KV cache of {plan.kv_cache_bytes / 1e6:.0f} MB could not be allocated "
+                f"({error}): lower kv_cache_bytes or num_blocks."
+            ) from error
+        del model
+        if on_cpu:
+            kernels.result()
     try:
         engine.warm_up()
     except RuntimeError as error:
@@ -118,6 +125,7 @@ def load_engine(config: LaunchConfig) -> tuple[Engine, Ready]:
         weights_id=digest,
         is_batch_invariant=is_batch_invariant,
         same_bytes=config.same_bytes,
+        threads=f"{threads.count}, {threads.reason}" if device.type == "cpu" else "",
     )
     return engine, ready
 
@@ -153,15 +161,6 @@ def _return_free_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-
-
-def hash_weights(layout: Layout) -> str:
-    """sha256 over the weight files, in hex."""
-    digest = hashlib.sha256()
-    for file in layout.files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _known_ids(layout: Layout) -> int:

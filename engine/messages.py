@@ -108,6 +108,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
     weights_id: str  # sha256 of what was loaded, in hex
     is_batch_invariant: bool
     same_bytes: bool = True  # were asked for
+    threads: str = ""  # how many on a CPU, and why, for people
 
 
 class StartFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):

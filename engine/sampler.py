@@ -170,8 +170,6 @@ def _filters(params: list[SamplingParams], logits: Tensor) -> Filters:
         top_p,
         min_p,
         typical_p,
-        largest_top_k=max((k for k in top_k if k < vocab_size), default=0),
-        has_top_p=any(one.top_p < 1 for one in params),
         has_typical_p=any(one.typical_p < 1 for one in params),
     )
 

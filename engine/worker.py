@@ -1,14 +1,22 @@
 """The engine's own process: an inbox, steps, one frame a step; knows no text and no HTTP.
 
-Started as `python -m engine.worker SOCKET_FD RECORDER_FD PARENT_PID` by `engine/worker_process.py`.
+Started as `python -m engine.worker SOCKET_FD RECORDER_FD PARENT_PID MODEL_DIRECTORY` by
+`engine/worker_process.py`.
 """
 
 import gc
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+from weights.digest import start_hashing
 
 if __name__ == "__main__":
     # The imports make half a million objects that stay: looking through them for garbage again and
     # again is a tenth of the start. `run` lets it look at what comes after.
     gc.disable()
+    # They keep one core busy, and this another.
+    _hashing = start_hashing(Path(sys.argv[4]))
 
 import ctypes
 import logging
@@ -16,7 +24,6 @@ import os
 import select
 import signal
 import socket
-import sys
 
 from engine.engine import Engine
 from engine.errors import EngineError
@@ -73,13 +80,13 @@ class Inbox:
         return frame
 
 
-def run(connection: socket.socket, recorder: FlightRecorder) -> None:
+def run(connection: socket.socket, recorder: FlightRecorder, hashing: Future[str] | None) -> None:
     """Load, then step until the other side hangs up."""
     inbox = Inbox(connection)
     (start,) = inbox.take(wait=True)
     assert isinstance(start, Start)
     try:
-        engine, ready = load_engine(start.config)
+        engine, ready = load_engine(start.config, hashing=hashing)
     except (CheckpointError, EngineError, ValueError, MemoryError, OSError) as error:
         _send(connection, StartFailed(reason=str(error) or type(error).__name__))
         return
@@ -126,14 +133,14 @@ def _die_with(parent_pid: int) -> None:
 
 def main() -> None:
     """Run as a process of its own."""
-    socket_fd, recorder_fd, parent_pid = (int(argument) for argument in sys.argv[1:])
+    socket_fd, recorder_fd, parent_pid = (int(argument) for argument in sys.argv[1:4])
     _die_with(parent_pid)
     # Ctrl-C goes to the whole group; whether the engine ends is for the server to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     with socket.socket(fileno=socket_fd) as connection:
         try:
-            run(connection, FlightRecorder(recorder_fd))
+            run(connection, FlightRecorder(recorder_fd), _hashing)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             pass  # the server is gone, and we follow
         except Exception:  # the worker's last words; the client sees the end and acts

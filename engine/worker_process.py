@@ -25,8 +25,13 @@ class WorkerProcess:
     A context, at whose end it does not run any more.
     """
 
-    def __init__(self, *, max_num_sequences: int, module: str = "engine.worker") -> None:
-        """Start a worker. It waits for its first frame, and ends when we hang up or end."""
+    def __init__(
+        self, model: Path | str, *, max_num_sequences: int, module: str = "engine.worker"
+    ) -> None:
+        """Start a worker, which hashes the weights in a directory: they must be those it will load.
+
+        It waits for its first frame, and ends when we hang up or end.
+        """
         ours, theirs = socket.socketpair()
         self._connection: socket.socket | None = ours
         self.recorder = FlightRecorder.create(max_num_sequences=max_num_sequences)
@@ -34,7 +39,7 @@ class WorkerProcess:
             self._process = subprocess.Popen(
                 [
                     sys.executable, "-P", "-m", module, str(theirs.fileno()),
-                    str(self.recorder.descriptor), str(os.getpid()),
+                    str(self.recorder.descriptor), str(os.getpid()), str(model),
                 ],
                 pass_fds=(theirs.fileno(), self.recorder.descriptor), stdin=subprocess.DEVNULL,
                 env=_environment(),

@@ -97,7 +97,9 @@ def serve(
     num_threads: Annotated[
         int | None,
         typer.Option(
-            envvar="KVIK_NUM_THREADS", help="Threads of a CPU engine.", show_default="all cores"
+            envvar="KVIK_NUM_THREADS",
+            help="Threads of a CPU engine.",
+            show_default="one a core, within the CPU quota",
         ),
     ] = None,
     max_waiting_requests: Annotated[
@@ -188,7 +190,7 @@ def serve(
             max_num_rounds=max_num_rounds,
             enable_prefix_cache=prefix_cache,
         )
-        with WorkerProcess(max_num_sequences=max_num_sequences) as first_worker:
+        with WorkerProcess(layout.directory, max_num_sequences=max_num_sequences) as first_worker:
             # What the worker imports takes longer than all of the following, and goes on beside it.
             from engine.config import LaunchConfig
             from server.announcement import describe_start

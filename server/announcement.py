@@ -18,6 +18,7 @@ def describe_start(
         f"model    {model.name} on {facts.device} in {facts.dtype}, "
         f"weights {facts.weights_id[:16]}",
         f"numbers  {facts.numerics}",
+        *([f"threads  {facts.threads}"] if facts.threads else []),
         f"memory   {format_bytes(facts.available_bytes)} free: {facts.kv_cache_dtype} KV cache "
         f"{format_bytes(facts.kv_cache_bytes)} ({facts.num_blocks:,} blocks, "
         f"{cache_tokens:,} tokens, {cache_tokens // model.n_ctx:,} contexts of {model.n_ctx}), "

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.gpt import GPT
+from model.gpt import GPT, Block
 from model.tokenizer import Tokenizer
 from weights.layout import (
     CONFIG_FILE,
@@ -124,16 +124,39 @@ def load(
     return load_layout(layout, device=device, dtype=dtype)
 
 
-def load_layout(layout: Layout, *, device: torch.device | str, dtype: torch.dtype) -> GPT:
-    """Load the model of a layout that has been read already; see `load`."""
+def load_layout(
+    layout: Layout,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    reads_blocks_late: bool = False,
+) -> GPT:
+    """Load the model of a layout that has been read already; see `load`.
+
+    With `reads_blocks_late`, a block is read when a loop over `model.h` comes to it, and no other
+    access reads it: who makes something else of each block and drops it never holds them all. What
+    is wrong with a block is raised then.
+    """
     with torch.device("meta"):
         model = GPT(layout.config)
     reader = _Reader()
-    for name, tensor in layout.tensors.items():
-        parameter = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
-        _copy(reader, tensor, parameter, is_transposed=name.endswith(TRANSPOSED))
-        module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, nn.Parameter(parameter))
+
+    def read(prefix: str) -> None:
+        for name, tensor in layout.tensors.items():
+            if not name.startswith(prefix) or not model.get_parameter(name).is_meta:
+                continue
+            parameter = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
+            _copy(reader, tensor, parameter, is_transposed=name.endswith(TRANSPOSED))
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, nn.Parameter(parameter))
+
+    for name, _ in model.named_children():
+        if name != "h":
+            read(f"{name}.")
+    if reads_blocks_late:
+        model.h = _StoredBlocks(model.h, read)
+    else:
+        read("h.")
     if layout.head is not None:
         _check_equal(reader, layout.head, layout.tensors["wte.weight"])
     for tensor in layout.zero_biases:
@@ -143,6 +166,25 @@ def load_layout(layout: Layout, *, device: torch.device | str, dtype: torch.dtyp
                 "model has no biases."
             )
     return model.eval()
+
+
+class _StoredBlocks(nn.ModuleList):
+    """The blocks of a model, each read from the file when a loop comes to it."""
+
+    def __init__(self, blocks: nn.ModuleList, read: Callable[[str], None]) -> None:
+        super().__init__(blocks)
+        self._read = read
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for layer in range(len(self)):
+            if isinstance(self[layer], Block):  # and not what somebody made of it
+                try:
+                    self._read(f"h.{layer}.")
+                except OSError as error:  # whoever loops over blocks expects no files
+                    raise CheckpointError(
+                        f"The checkpoint cannot be read: {error.strerror}."
+                    ) from error
+            yield self[layer]
 
 
 class _Reader:

@@ -307,6 +307,22 @@ async def test_a_checkpoint_that_cannot_be_loaded_is_refused_with_its_reason(
 
 
 @in_time
+async def test_stopping_at_any_moment_of_the_start_leaves_no_worker(launch: LaunchConfig) -> None:
+    for moments in range(1, 6):
+        client = EngineClient(launch)
+        client.launch()
+        for _ in range(moments):
+            await asyncio.sleep(0)
+        worker = client.worker_pid
+
+        await client.stop()
+
+        assert worker is not None
+        assert not _is_running(worker)
+        assert client.worker_pid is None
+
+
+@in_time
 async def test_an_engine_that_keeps_dying_is_not_started_for_ever(launch: LaunchConfig) -> None:
     client = EngineClient(launch, max_fruitless_restarts=1)
     client.launch()

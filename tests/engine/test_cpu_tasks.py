@@ -29,6 +29,11 @@ def add_up(thread: Any, num_threads: Any, counts: Any, values: Any) -> None:
         wait(counts, phase, NUM_TASKS)
 
 
+@numba.njit(**{**KERNEL, "cache": False})
+def take_one(counts: Any) -> None:
+    take(counts, 0)
+
+
 def expected(num_phases: int) -> np.ndarray:
     values = np.arange(NUM_TASKS)
     for _ in range(num_phases):
@@ -92,7 +97,7 @@ def test_a_thread_that_cannot_be_kept_apart_stops_nobody() -> None:
     gone: list[threading.Thread] = []
     is_noted = threading.Event()
 
-    def leave(thread: int, _: int) -> None:
+    def leave(thread: int, _: int, counts: np.ndarray) -> None:
         if thread == 1:
             gone.append(threading.current_thread())
             is_noted.set()
@@ -103,7 +108,7 @@ def test_a_thread_that_cannot_be_kept_apart_stops_nobody() -> None:
         for core in sorted(cores)[:2]:  # wherever the caller was before, it moves
             os.sched_setaffinity(0, {core})
             if not gone:
-                team.run(leave)
+                team.run(leave, counters(0))
                 is_noted.wait()
                 gone[0].join()
             else:
@@ -112,6 +117,33 @@ def test_a_thread_that_cannot_be_kept_apart_stops_nobody() -> None:
         os.sched_setaffinity(0, cores)
 
     assert np.array_equal(values[-1], expected(10))
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_what_a_thread_raises_with_a_task_in_hand_ends_the_call_and_no_later_one(
+    failing: int,
+) -> None:
+    team = Team(3)
+    has_taken = threading.Event()
+
+    def fail(thread: int, num_threads: int, counts: np.ndarray, values: np.ndarray) -> None:
+        if thread == failing:
+            take_one(counts)
+            has_taken.set()
+            raise MemoryError("no room for thread's rows")
+        has_taken.wait()
+        add_up(thread, num_threads, counts, values)
+
+    for _ in range(3):
+        has_taken.clear()
+        with pytest.raises(MemoryError, match="no room for thread's rows"):
+            team.run(fail, counters(10), start_values(10))
+
+        values = start_values(10)
+        team.run(add_up, counters(10), values)
+
+        assert np.array_equal(values[-1], expected(10))
+    team.stop()
 
 
 def test_the_ends_of_phases_are_in_order() -> None:

@@ -69,8 +69,6 @@ def make_filters(
         repeat(top_p),
         repeat(min_p),
         repeat(typical_p),
-        largest_top_k=top_k if top_k < vocab_size else 0,
-        has_top_p=top_p < 1,
         has_typical_p=typical_p < 1,
     )
 
@@ -187,8 +185,6 @@ def test_rows_of_different_options_are_drawn_side_by_side() -> None:
         torch.tensor([0.5, 1.0, 0.9, 1.0] * 4, dtype=torch.float64),
         torch.tensor([0.0, 0.0, 0.05, 0.0] * 4, dtype=torch.float64),
         torch.tensor([1.0, 1.0, 1.0, 0.8] * 4, dtype=torch.float64),
-        largest_top_k=5,
-        has_top_p=True,
         has_typical_p=True,
     )
 

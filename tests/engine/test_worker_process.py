@@ -37,7 +37,7 @@ def test_the_first_worker_is_the_one_that_was_started_and_the_next_is_another(
         await client.stop()
         return pids
 
-    with WorkerProcess(max_num_sequences=4) as worker:
+    with WorkerProcess(launch.model, max_num_sequences=4) as worker:
         first, second = asyncio.run(asyncio.wait_for(use(worker), 120))
 
     assert first == worker.pid != second
@@ -48,7 +48,7 @@ def test_the_first_worker_is_the_one_that_was_started_and_the_next_is_another(
 def test_a_worker_that_nobody_needed_does_not_stay() -> None:
     descriptors = os.listdir("/proc/self/fd")
 
-    with WorkerProcess(max_num_sequences=4) as worker:
+    with WorkerProcess("nowhere", max_num_sequences=4) as worker:
         assert exists(worker.pid)
 
     assert not exists(worker.pid)
@@ -60,5 +60,5 @@ def test_a_worker_ends_by_itself_where_the_other_side_hangs_up() -> None:
         worker.take_connection().close()
         return await worker.end(grace_seconds=60)
 
-    with WorkerProcess(max_num_sequences=4) as worker:
+    with WorkerProcess("nowhere", max_num_sequences=4) as worker:
         assert asyncio.run(hang_up(worker)) == "status 0"

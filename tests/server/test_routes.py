@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from engine.messages import Ready
 from server.routes import PAGES
 from server.served_model import ServedModel
 from server.service import VERSION
@@ -210,12 +211,33 @@ def test_a_refused_request_has_a_timeline_too(serve: Serve) -> None:
     assert (timeline["outcome"], timeline["status"]) == ("rejected", 400)
 
 
-def test_the_fingerprint_tells_the_precision_of_the_cache(served: ServedModel) -> None:
-    found = set()
-    for kv_cache_dtype in ("float32", "bfloat16", "int8"):
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        ("weights_id", "cd" * 32), ("device", "cuda"), ("dtype", "bfloat16"),
+        ("kv_cache_dtype", "float8"), ("products", "onednn"), ("is_batch_invariant", False),
+        ("same_bytes", False),
+    ],
+)  # fmt: skip
+def test_the_fingerprint_tells_what_decides_on_the_bytes(
+    served: ServedModel, field: str, other: Any
+) -> None:
+    def fingerprint(facts: Ready) -> str:
         with make_client(served) as (_, service):
             assert isinstance(service.engine, FakeEngine)
-            service.engine.facts = msgspec.structs.replace(FACTS, kv_cache_dtype=kv_cache_dtype)
+            service.engine.facts = facts
+            return service.fingerprint()
+
+    assert fingerprint(msgspec.structs.replace(FACTS, **{field: other})) != fingerprint(FACTS)
+
+
+def test_the_fingerprint_is_the_same_after_a_restart(served: ServedModel) -> None:
+    again = msgspec.structs.replace(FACTS, pid=2, available_bytes=1, threads="3, one a core")
+    found = set()
+    for facts in (FACTS, again):
+        with make_client(served) as (_, service):
+            assert isinstance(service.engine, FakeEngine)
+            service.engine.facts = facts
             found.add(service.fingerprint())
 
-    assert len(found) == 3
+    assert len(found) == 1

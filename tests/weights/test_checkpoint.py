@@ -16,7 +16,7 @@ from model.attention import CausalAttention
 from model.config import GPTConfig
 from model.gpt import GPT
 from tests.byte_pairs import byte_pair_tokenizer
-from tests.tiny_models import random_tokens, tiny_config, tiny_gpt
+from tests.tiny_models import random_tokens, tiny_checkpoint, tiny_config, tiny_gpt
 from weights.checkpoint import load, load_layout, save
 from weights.layout import CheckpointError, read_layout
 
@@ -407,3 +407,32 @@ def test_loading_takes_at_most_a_fifth_more_than_the_model(
     )
 
     assert 0.9 < float(script.stdout) < 1.2, script.stdout
+
+
+def test_blocks_read_late_are_those_of_the_checkpoint(checkpoint: Path) -> None:
+    layout = read_layout(checkpoint)
+    whole = load_layout(layout, device="cpu", dtype=torch.float32)
+
+    late = load_layout(layout, device="cpu", dtype=torch.float32, reads_blocks_late=True)
+
+    assert not late.wte.weight.is_meta
+    assert all(parameter.is_meta for parameter in late.h[0].parameters())
+    for layer, block in enumerate(late.h):
+        assert block is late.h[layer]
+        for ours, theirs in zip(block.parameters(), whole.h[layer].parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert layer + 1 == len(late.h) or next(late.h[layer + 1].parameters()).is_meta
+        late.h[layer] = torch.nn.Identity()
+    assert len(list(late.h)) == len(whole.h)  # and nothing is read for what is no block any more
+
+
+def test_what_is_wrong_with_a_block_is_said_when_it_is_read(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "model")
+    late = load_layout(
+        read_layout(tmp_path / "model"), device="cpu", dtype=torch.float32, reads_blocks_late=True
+    )
+
+    (tmp_path / "model" / "model.safetensors").unlink()
+
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+        list(late.h)
