@@ -437,7 +437,7 @@ class PackedWeights:
             outputs = slice(first, first + len(some))
             if self.kind == INT8:
                 some = self._quantize(layer, outputs, some.float(), gain, offset)
-            blocks = slice(first // _LANES, -(-(first + len(some)) // _WIDTH) * _BLOCKS)
+            blocks = slice(first // _LANES, -(-(first + len(some)) // _WIDTH) * BLOCKS)
             _pack(some, self._packed[layer, blocks])
 
     def _quantize(
