@@ -77,6 +77,12 @@ def narrow(value: Any) -> Any:
 
 
 @_inlined
+def widen(bits: Any) -> Any:
+    """The float32 that bfloat16's bits stand for."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@_inlined
 def same(value: Any) -> Any:
     """A float32 as it is."""
     return value

@@ -27,6 +27,7 @@ from engine.cpu_math import (
     gelu_tanh,
     narrow,
     same,
+    widen,
 )
 from engine.cpu_memory import Scratch, borrow, huge_pages
 from engine.cpu_tasks import counters, finish, take, team, wait
@@ -280,10 +281,12 @@ class Phases(NamedTuple):
 
     prepare: Any
     multiply: Any
+    widen: Any  # what embeddings hold to float32
     input_type: Any  # of numpy
 
 
-def _phases(kind: int, input_type: Any, sum_type: Any, bring: Any, finish_sum: Any, store: Any,
+def _phases(
+    kind: int, input_type: Any, sum_type: Any, bring: Any, finish_sum: Any, store: Any, widen: Any
 ) -> Phases:  # fmt: skip
     """Build the phases of one kind.
 
@@ -386,7 +389,7 @@ def _phases(kind: int, input_type: Any, sum_type: Any, bring: Any, finish_sum: A
             finish(counts, phase)
         wait(counts, phase, num_groups)
 
-    return Phases(_importable(prepare, kind), _importable(multiply, kind), input_type)
+    return Phases(_importable(prepare, kind), _importable(multiply, kind), widen, input_type)
 
 
 def _importable(function: Any, kind: int) -> Any:
@@ -402,9 +405,9 @@ def _importable(function: Any, kind: int) -> Any:
 
 
 PHASES = {
-    FLOAT32: _phases(FLOAT32, np.float32, np.float32, _round, _plain, same),
-    BFLOAT16: _phases(BFLOAT16, np.uint16, np.float32, _round, _plain, narrow),
-    INT8: _phases(INT8, np.uint8, np.int32, _quantize, _scaled, same),
+    FLOAT32: _phases(FLOAT32, np.float32, np.float32, _round, _plain, same, same),
+    BFLOAT16: _phases(BFLOAT16, np.uint16, np.float32, _round, _plain, narrow, widen),
+    INT8: _phases(INT8, np.uint8, np.int32, _quantize, _scaled, same, widen),
 }
 
 
