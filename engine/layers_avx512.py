@@ -356,7 +356,7 @@ class FusedNetwork:
             chosen = _NOTHING
         attention = self._attention._replace(tables=rows.block_tables)
         self._run(rows[:3], chosen, len(self._attention_scales), attention, self._space)
-        return torch.from_numpy(self._space.x), torch.from_numpy(self._space.logits)
+        return self._results
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits (R, vocab_size) of hidden states (R, C), to be read before the next call.
@@ -418,6 +418,9 @@ class FusedNetwork:
             array("last", num_chosen, width, np.float32),
             array("logits", num_chosen, self._head.num_outputs, np.float32),
         )
+        self._results = (
+            torch.from_numpy(self._space.x), torch.from_numpy(self._space.logits)
+        )  # fmt: skip
         if num_threads != self._num_threads:
             self._num_threads = num_threads
             self._room = ThreadRoom(config, num_threads=num_threads, length=config.n_ctx)

@@ -124,7 +124,6 @@ class ModelRunner:
             self._decode_loop = DecodeLoop(step, builder, max_num_sequences=max_num_sequences)
         self._sampling_rows: dict[int, SamplingRow] = {}  # by sequence
 
-    @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> "Launched":
         """Start a step. Raises what torch raises, after which the step may be taken back."""
         start = time.perf_counter()
@@ -149,6 +148,7 @@ class ModelRunner:
         result.kernel_seconds = time.perf_counter() - start
         return Launched(batch, lambda: result, feeds_itself=False)
 
+    @torch.inference_mode()
     def _launch_decode(self, batch: ScheduledBatch, loop: DecodeLoop, start: float) -> "Launched":
         """Start a step in which every row is the next one of its completion."""
         slots = self._builder.place(batch)
@@ -188,7 +188,6 @@ class ModelRunner:
         """What model and head hold, in whatever form they were packed; shared memory once."""
         return self._network.weights_bytes
 
-    @torch.inference_mode()
     def is_batch_invariant(self) -> bool:
         """Whether the rows of a prompt come out in the same bytes in a chunk of any length.
 
@@ -220,9 +219,11 @@ class ModelRunner:
         rows = [self._sampling_row(batch.sequences[row]) for row in batch.sampled_rows]
         sampled = sample(logits, rows)
         result = StepResult(draws=sampled.token_ids.tolist())
-        for row, is_finite in zip(batch.sampled_rows, sampled.is_finite.tolist(), strict=True):
-            if not is_finite:
-                result.failed_rows.append(row)
+        is_finite = sampled.is_finite.tolist()
+        if not all(is_finite):
+            result.failed_rows += [
+                row for row, finite in zip(batch.sampled_rows, is_finite, strict=True) if not finite
+            ]
         for place, (logprob, token_ids, logprobs) in sampled.logprobs_by_row().items():
             result.logprobs[batch.sampled_rows[place]] = TopLogprobs(logprob, token_ids, logprobs)
         return result
@@ -237,7 +238,8 @@ class ModelRunner:
                 prompt_ids=sequence.token_ids[: sequence.num_prompt_tokens],
                 eos_ids=self._eos_token_ids,
             )
-        row.extend(sequence.token_ids[row.num_tokens :])
+        if not row.is_plain:  # else all that came before is the same to it
+            row.extend(sequence.token_ids[row.num_tokens :])
         return row
 
     def _score_prompts(self, batch: ScheduledBatch, hidden: Tensor, result: StepResult) -> None:

@@ -56,6 +56,7 @@ class ModularNetwork:
         self.attention = attention
         self._cache = cache
 
+    @torch.inference_mode()
     def run(self, rows: Rows, chosen: Array | None = None) -> tuple[Tensor, Tensor]:
         """See `Network`."""
         batch = rows.to(self._cache.k.device, self._cache.block_size)
@@ -67,6 +68,7 @@ class ModularNetwork:
             return hidden, hidden.new_empty((0, 0), dtype=torch.float32)
         return hidden, self.logits(hidden[torch.from_numpy(chosen).to(hidden.device)])
 
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Network`."""
         logits: Tensor = self.head(hidden)

@@ -506,8 +506,21 @@ def _score(
     wait(counts, 0, num_rows)
 
 
+class Options(NamedTuple):
+    """How rows are drawn, each an array (R,), of one type or the kernel is compiled anew."""
+
+    temperature: Array  # float64; 0 takes the first of the best
+    seed: Array  # int64, as are choice, position and top_k
+    choice: Array
+    position: Array
+    top_k: Array  # the vocabulary or more is off
+    top_p: Array  # float64, as are the two below
+    log_min_p: Array
+    typical_p: Array
+
+
 _NO_FLOATS, _NO_INTEGERS = np.empty(0), np.empty(0, np.int64)
-_NO_OPTIONS = (_NO_FLOATS, *[_NO_INTEGERS] * 4, *[_NO_FLOATS] * 3)
+_GREEDY = Options(_NO_FLOATS, *[_NO_INTEGERS] * 4, *[_NO_FLOATS] * 3)
 
 
 def choose(
@@ -522,13 +535,20 @@ def choose(
     temperature is 0 the first of the best, as everywhere without. A row is finite if its highest
     logit is; the others get token id 0.
     """
+    options = None
+    if temperature is not None and keys is not None:
+        columns = map(_column, (temperature, keys.seed, keys.choice, keys.position))
+        options = Options(*columns, *_filter_options(filters, len(logits)))
+    return choose_with(logits, options)
+
+
+def choose_with(logits: Tensor, options: Options | None) -> tuple[Tensor, Tensor]:
+    """`choose` by options that are arrays already: a step has no time for tensors."""
     token_ids = np.empty(len(logits), np.int64)
     is_finite = np.empty(len(logits), np.bool_)
-    options: tuple[Array, ...] = _NO_OPTIONS
-    if temperature is not None and keys is not None:
-        columns = (temperature, keys.seed, keys.choice, keys.position)
-        options = (*map(_column, columns), *_filter_options(filters, len(logits)))
-    _team(len(logits)).run(_choose, counters(1), *_memory(logits), *options, token_ids, is_finite)
+    _team(len(logits)).run(
+        _choose, counters(1), *_memory(logits), *(options or _GREEDY), token_ids, is_finite
+    )
     return torch.from_numpy(token_ids), torch.from_numpy(is_finite)
 
 
@@ -570,6 +590,9 @@ def _column(values: Tensor) -> Array:
 def _memory(logits: Tensor) -> tuple[Array, int, int]:
     """The memory of logits (R, V), the distance of rows in it, and V."""
     num_rows, size = logits.shape
+    if logits.is_contiguous():
+        whole: Array = logits.numpy()
+        return whole.reshape(-1), size, size
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     stride = logits.stride(0)
