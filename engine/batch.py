@@ -72,6 +72,17 @@ class ModelInput:
     spans: tuple[Span, ...] = ()
 
 
+class NetworkOutput(NamedTuple):
+    """What a network makes of N rows, for R of which logits are wanted; float32 on a CPU."""
+
+    hidden: Tensor  # (N, C)
+    logits: Tensor  # (R, vocab_size) float32
+    # Where that was asked for and costs little: of each row of logits the first of its best
+    # tokens, (R,) int64, and whether their logits are finite, (R,) bool.
+    best: Array | None = None
+    is_finite: Array | None = None
+
+
 class BatchBuilder:
     """Turns scheduled batches into arrays, keeping block tables from step to step.
 

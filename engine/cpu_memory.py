@@ -7,6 +7,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba.core import types
 
 from engine.cpu_math import Array
 
@@ -26,6 +27,20 @@ def huge_pages(shape: tuple[int, ...], dtype: Any) -> Array:
     return np.frombuffer(pages, dtype).reshape(shape)
 
 
+def _without_owners(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    """The value of an array or a tuple, which nobody counts who refers to its arrays."""
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value)
+        for owner in ("meminfo", "parent"):
+            setattr(array, owner, getattr(array, owner).type(None))
+        return array._getvalue()
+    if isinstance(kind, types.BaseTuple):
+        for place, part in enumerate(kind):
+            found = _without_owners(context, builder, part, builder.extract_value(value, place))
+            value = builder.insert_value(value, found, place)
+    return value
+
+
 @numba.extending.intrinsic
 def borrow(context: Any, array: Any) -> Any:
     """The same array in a kernel, but nobody counts who refers to it: the caller keeps it alive.
@@ -35,12 +50,55 @@ def borrow(context: Any, array: Any) -> Any:
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        found = context.make_array(array)(context, builder, arguments[0])
-        for owner in ("meminfo", "parent"):
-            setattr(found, owner, getattr(found, owner).type(None))
-        return found._getvalue()
+        return _without_owners(context, builder, array, arguments[0])
 
     return array(array), generate
+
+
+_KEPT_BYTES = 2**14
+_kept_types: dict[str, Any] = {}  # numba's, by name
+
+
+def keep(name: str, value: tuple[Any, ...]) -> Array:
+    """Turn a tuple of arrays, tuples and numbers into one array, of which `restore` makes it again.
+
+    For what many calls of a kernel are given: from Python's objects, each would fetch hundreds of
+    cold cache lines together. Values of a name are of one type in all processes, because kernels
+    on the disk know types by their names. Whoever keeps a value keeps its arrays alive.
+    """
+    assert _kept_types.setdefault(name, numba.typeof(value)) == numba.typeof(value)
+    kept = np.zeros(_KEPT_BYTES, np.uint8)
+    num_bytes = _store(value, kept.ctypes.data)
+    assert num_bytes <= _KEPT_BYTES
+    return kept
+
+
+@numba.extending.intrinsic
+def _write(context: Any, value: Any, place: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        found, at = arguments
+        builder.store(found, builder.inttoptr(at, found.type.as_pointer()), align=8)
+        return context.get_constant(types.intp, context.get_abi_sizeof(found.type))
+
+    return types.intp(value, types.intp), generate
+
+
+@numba.njit(cache=True)
+def _store(value: Any, place: Any) -> Any:
+    return _write(value, place)
+
+
+@numba.extending.intrinsic(prefer_literal=True)
+def restore(context: Any, name: Any, place: Any) -> Any:
+    """In a kernel, what `keep` made an array of, which lies at a place; borrowed."""
+    kind = _kept_types[name.literal_value]
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = context.get_value_type(kind).as_pointer()
+        value = builder.load(builder.inttoptr(arguments[1], pointer), align=8)
+        return _without_owners(context, builder, kind, value)
+
+    return kind(name, types.intp), generate
 
 
 class Scratch:

@@ -6,7 +6,6 @@ the products' inputs and weights.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numba
@@ -22,10 +21,10 @@ from engine.attention_cpu import (
     list_tiles,
     write_task,
 )
-from engine.batch import Rows
+from engine.batch import NetworkOutput, Rows
 from engine.cpu_math import KERNEL, Array, view
-from engine.cpu_memory import Scratch, borrow
-from engine.cpu_tasks import counters, finish, phase_ends, take, team, wait
+from engine.cpu_memory import Scratch, borrow, keep, restore
+from engine.cpu_tasks import counters, finish, leave, phase_ends, take, team, wait
 from engine.kv_cache import KVCache
 from engine.linear_avx512 import (
     ACTIVATION_NUMBERS,
@@ -38,12 +37,11 @@ from engine.linear_avx512 import (
     Inputs,
     PackedWeights,
     Weights,
-    borrow_inputs,
-    borrow_weights,
     group_bytes,
     kind_of,
     layer_address,
 )
+from engine.sampler_cpu import first_best
 from engine.vectors import ROWS
 from model.gpt import GPT, Block
 
@@ -51,7 +49,7 @@ _PHASES_A_LAYER = (
     "LayerNorm", "c_attn", "keys and values", "attention", "quantisation", "c_proj", "LayerNorm",
     "c_fc", "quantisation", "MLP's c_proj",
 )  # fmt: skip
-_PHASES_BEHIND = ("last rows", "last LayerNorm", "head")
+_PHASES_BEHIND = ("last rows", "last LayerNorm", "head", "best tokens")
 _ROWS_A_TASK = 4  # of those that are embedded, or whose keys and values are stored
 _TASKS_A_THREAD = 8  # of attention: enough of them to share out evenly
 _FEW_ROWS = 64  # whose places in the KV cache the caches hold beside the weights
@@ -71,15 +69,6 @@ class Attention(NamedTuple):
     tiles: Array
     values: Array
     keys: Array
-
-
-@_jitable
-def _borrow_attention(attention: Any) -> Any:
-    return Attention(
-        borrow(attention.scales), borrow(attention.cache_k), borrow(attention.cache_v),
-        borrow(attention.blocks), borrow(attention.offsets), borrow(attention.tables),
-        borrow(attention.tiles), borrow(attention.values), borrow(attention.keys),
-    )  # fmt: skip
 
 
 @_jitable
@@ -150,24 +139,9 @@ class Space(NamedTuple):
     wide_inputs: Inputs  # (N, mlp_width)
     last: Array  # (R, C) float32
     logits: Array  # (R, vocab_size) float32
-
-
-@_jitable
-def _borrow_model(model: Any) -> Any:
-    return Model(
-        borrow(model.wte), borrow(model.wpe), borrow_weights(model.attn),
-        borrow_weights(model.attn_proj), borrow_weights(model.fc), borrow_weights(model.fc_proj),
-        borrow_weights(model.head), model.activation, model.epsilon,
-    )  # fmt: skip
-
-
-@_jitable
-def _borrow_space(space: Any) -> Any:
-    return Space(
-        borrow(space.x), borrow(space.qkv), borrow(space.mixed), borrow(space.wide),
-        borrow_inputs(space.inputs), borrow_inputs(space.wide_inputs), borrow(space.last),
-        borrow(space.logits),
-    )  # fmt: skip
+    flat: Array  # the same as one row
+    best: Array  # (R,) int64: the first of each row's best tokens, of those that are asked for
+    is_finite: Array  # (R,) bool: and whether their logits are finite
 
 
 @_jitable
@@ -214,25 +188,39 @@ def _pick(counts: Any, phase: Any, x: Any, rows: Any, out: Any) -> None:
     wait(counts, phase, num_tasks)
 
 
+@_jitable
+def _find_best(counts: Any, phase: Any, space: Any) -> None:
+    """Find the first of the best tokens of each row of logits."""
+    num_rows, size = len(space.best), np.uintp(space.logits.shape[1])
+    while True:
+        row = take(counts, phase)
+        if row >= num_rows:
+            break
+        token, is_finite = first_best(space.flat, np.uintp(row) * size, size)
+        space.best[row], space.is_finite[row] = token, is_finite
+        finish(counts, phase)
+    wait(counts, phase, num_rows)
+
+
 @functools.cache
-def _compile(kind: int) -> Any:
-    """Build the kernel for a kind of product."""
+def _compile(kind: int, kept_name: str) -> Any:
+    """Build the kernel for a kind of product; what it works on was kept by that name."""
     prepare, multiply, widen = PHASES[kind].prepare, PHASES[kind].multiply, PHASES[kind].widen
     quantizes = kind == INT8
 
     @numba.njit(**KERNEL)
     def network(
         thread: Any, num_threads: Any, counts: Any, tokens: Any, positions: Any, sequences: Any,
-        chosen: Any, num_layers: Any, model: Any, attention: Any, space: Any,
+        chosen: Any, num_layers: Any, wants_best: Any, kept: Any, slots: Any,
     ) -> None:  # fmt: skip
         """Run some layers, after the embedding if there are tokens, and then the head.
 
-        Logits are those of all rows, or of the `chosen` ones if there are any.
+        Logits are those of all rows, or of the `chosen` ones if there are any. `slots` are given
+        to live as long as a thread that comes late, which looks at them.
         """
         counts, chosen = borrow(counts), borrow(chosen)
         tokens, positions, sequences = borrow(tokens), borrow(positions), borrow(sequences)
-        model, space = _borrow_model(model), _borrow_space(space)
-        attention = _borrow_attention(attention)
+        model, attention, space = restore(kept_name, np.intp(kept.ctypes.data))
         attn, attn_proj, fc, fc_proj = model.attn, model.attn_proj, model.fc, model.fc_proj
         epsilon = model.epsilon
         x, inputs, wide_inputs = space.x, space.inputs, space.wide_inputs
@@ -295,11 +283,14 @@ def _compile(kind: int) -> Any:
                 counts, phase + 2, num_threads, inputs, head, 0, 0, STORED, space.logits,
                 inputs.rows, layer_address(attn, 0), group_bytes(attn),
             )  # fmt: skip
+            if wants_best:
+                _find_best(counts, phase + 3, space)
+        leave(thread)
 
     return network
 
 
-_NOTHING, _NO_TABLES = np.empty(0, np.int64), np.empty((0, 0), np.int32)
+_NOTHING = np.empty(0, np.int64)
 
 
 class FusedNetwork:
@@ -338,35 +329,44 @@ class FusedNetwork:
         self._attention_scales = np.array(scales, np.float32)
         self._config = config
         self._cache = view(cache.k), view(cache.v)
+        self._name = f"network {kind} {self._cache[0].dtype}"
         self._scratch = Scratch()
         self._key: tuple[int, ...] = ()
+        self._tables = np.empty((0, 0), np.int32)
         self._num_threads = 0
         self._counts = counters(0)
+        self._num_phases = len(self.phases(num_layers))
+        self._kernel = _compile(kind, self._name)
 
-    def run(self, rows: Rows, chosen: Array | None = None) -> tuple[Tensor, Tensor]:
-        """Compute rows N: hidden states (N, C), and logits (R, vocab_size) of the `chosen` (R,).
-
-        None chooses all. Both are float32, and no longer there when the next call comes.
-        """
+    def run(
+        self, rows: Rows, chosen: Array | None = None, *, wants_best: bool = False
+    ) -> NetworkOutput:
+        """See `Network`. What it returns is there until the next call."""
         num_rows = num_tiles = len(rows.tokens)
         if rows.spans:
             num_tiles = sum(-(-(span.end - span.start) // ROWS) for span in rows.spans)
-        self._reserve(num_rows, num_rows if chosen is None else len(chosen), num_tiles)
-        if chosen is None:
-            chosen = _NOTHING
-        attention = self._attention._replace(tables=rows.block_tables)
-        self._run(rows[:3], chosen, len(self._attention_scales), attention, self._space)
-        return self._results
+        num_chosen = num_rows if chosen is None else len(chosen)
+        self._reserve(rows.block_tables, num_rows, num_chosen, num_tiles, wants_best)
+        # New ones each time: a thread that comes late may still look at the last call's.
+        self._counts = counters(self._num_phases)
+        team(self._num_threads).run(
+            self._kernel, self._counts, rows.tokens, rows.positions, rows.row_sequences,
+            _NOTHING if chosen is None else chosen, len(self._attention_scales), wants_best,
+            self._kept, self._slots,
+        )  # fmt: skip
+        return self._output
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Compute logits (R, vocab_size) of hidden states (R, C), to be read before the next call.
-
-        The hidden states may be rows of what `run` returned.
-        """
-        self._reserve(len(hidden), len(hidden), 0)
+        """See `Network`."""
+        num_rows = len(hidden)
+        self._reserve(self._tables, num_rows, num_rows, 0, wants_best=False)
         space = self._space._replace(x=hidden.numpy())
-        self._run([_NOTHING] * 3, _NOTHING, 0, self._attention, space)
-        return torch.from_numpy(space.logits)
+        kept = keep(self._name, (self._model, self._attention, space))
+        team(self._num_threads).run(
+            self._kernel, counters(len(self.phases(0))), *[_NOTHING] * 4, 0, False, kept,
+            self._slots,
+        )  # fmt: skip
+        return self._output.logits
 
     @property
     def weights_bytes(self) -> int:
@@ -384,30 +384,21 @@ class FusedNetwork:
 
     @property
     def phase_ends(self) -> Array:
-        """When the phases of the last call ended, in ticks of a clock; 0 where there was none."""
+        """When the phases of the last `run` ended, in ticks of a clock; 0 where there was none."""
         return phase_ends(self._counts)
 
-    def _run(
-        self, rows: Sequence[Array], chosen: Array, num_layers: int, attention: Attention,
-        space: Space,
-    ) -> None:  # fmt: skip
-        # New ones each time: a thread that comes late may still look at the last call's.
-        counts = self._counts = counters(
-            1 + num_layers * len(_PHASES_A_LAYER) + len(_PHASES_BEHIND)
-        )
-        team(self._num_threads).run(
-            _compile(self._kind), counts, *rows, chosen, num_layers, self._model, attention, space
-        )
-
-    def _reserve(self, num_rows: int, num_chosen: int, num_tiles: int) -> None:
+    def _reserve(
+        self, tables: Array, num_rows: int, num_chosen: int, num_tiles: int, wants_best: bool
+    ) -> None:
         """Make room for a step: one step of decoding is like the other, and finds it made."""
         num_threads = torch.get_num_threads()
-        key = (num_rows, num_chosen, num_tiles, num_threads)
-        if key == self._key:
+        key = (num_rows, num_chosen, num_tiles, wants_best, num_threads)
+        if key == self._key and tables is self._tables:
             return
         config, array = self._config, self._scratch.array
         width = config.n_embd
         num_quantized = num_rows if self._kind == INT8 else 1
+        logits = array("logits", num_chosen, self._head.num_outputs, np.float32)
         self._space = Space(
             array("x", num_rows, width, np.float32),
             array("qkv", num_rows, 3 * width, np.float32),
@@ -416,17 +407,23 @@ class FusedNetwork:
             self._attn.inputs(num_rows, self._scratch, "inputs"),
             self._fc_proj.inputs(num_rows, self._scratch, "wide inputs"),
             array("last", num_chosen, width, np.float32),
-            array("logits", num_chosen, self._head.num_outputs, np.float32),
+            logits,
+            logits.reshape(-1),
+            np.empty(num_chosen, np.int64),
+            np.empty(num_chosen, np.bool_),
         )
-        self._results = (
-            torch.from_numpy(self._space.x), torch.from_numpy(self._space.logits)
+        self._output = NetworkOutput(
+            torch.from_numpy(self._space.x), torch.from_numpy(logits),
+            self._space.best if wants_best else None,
+            self._space.is_finite if wants_best else None,
         )  # fmt: skip
         if num_threads != self._num_threads:
             self._num_threads = num_threads
             self._room = ThreadRoom(config, num_threads=num_threads, length=config.n_ctx)
+        self._slots = np.empty((2, num_rows), np.int64)
         self._attention = Attention(
-            self._attention_scales, *self._cache, np.empty(num_rows, np.int64),
-            np.empty(num_rows, np.int64), _NO_TABLES, np.empty((num_tiles, 4), np.int64),
-            self._room.values, self._room.keys,
+            self._attention_scales, *self._cache, self._slots[0], self._slots[1], tables,
+            np.empty((num_tiles, 4), np.int64), self._room.values, self._room.keys,
         )  # fmt: skip
-        self._key = key
+        self._kept = keep(self._name, (self._model, self._attention, self._space))
+        self._key, self._tables = key, tables

@@ -249,21 +249,6 @@ class Inputs(NamedTuple):
 
 
 @_jitable
-def borrow_weights(weights: Any) -> Any:
-    """`borrow` of all of them."""
-    return Weights(
-        borrow(weights.packed), borrow(weights.column_scales), borrow(weights.column_sums),
-        borrow(weights.bias), borrow(weights.gain), borrow(weights.offset), weights.num_outputs,
-    )  # fmt: skip
-
-
-@_jitable
-def borrow_inputs(inputs: Any) -> Any:
-    """`borrow` of all of them."""
-    return Inputs(borrow(inputs.rows), borrow(inputs.scales), borrow(inputs.zeros))
-
-
-@_jitable
 def group_bytes(weights: Any) -> Any:
     """What the weights of 48 outputs take."""
     return np.uintp(_BLOCKS * 4 * _LANES) * np.uintp(weights.packed.shape[2])
@@ -422,7 +407,7 @@ def _compile(kind: int) -> Any:
         weights: Any, layer: Any, activation: Any, becomes: Any, out: Any,
     ) -> None:  # fmt: skip
         counts, x, out = borrow(counts), borrow(x), borrow(out)
-        inputs, weights = borrow_inputs(inputs), borrow_weights(weights)
+        inputs, weights = borrow(inputs), borrow(weights)
         prepare(counts, 0, x, weights.gain, weights.offset, layer, epsilon, inputs)
         multiply(
             counts, 1, num_threads, inputs, weights, layer, activation, becomes, out, inputs.rows,

@@ -44,6 +44,12 @@ class StepResult:
     prompt_logprobs: dict[int, list[TopLogprobs]] = field(default_factory=dict)
     kernel_seconds: float = 0.0  # in model, head and sampler, or waiting for them
 
+    def note_failures(self, batch: ScheduledBatch, is_finite: list[bool]) -> None:
+        """Take down whose logits are not finite, of the rows that have caught up."""
+        if not all(is_finite):
+            rows = zip(batch.sampled_rows, is_finite, strict=True)
+            self.failed_rows += [row for row, finite in rows if not finite]
+
 
 @dataclass(frozen=True, slots=True)
 class Launched:
@@ -141,10 +147,18 @@ class ModelRunner:
         if len(batch.sampled_rows) != len(rows.tokens):
             ends = np.cumsum(batch.num_scheduled_tokens) - 1  # the last token of each row
             chosen = ends[batch.sampled_rows]
+        wanted = self._sampling_rows_of(batch)
         start = time.perf_counter()
-        hidden, logits = self._network.run(rows, chosen)
-        result = self._draw(batch, logits) if batch.sampled_rows else StepResult(draws=[])
-        self._score_prompts(batch, hidden, result)
+        wants_best = all(row.is_plain for row in wanted)
+        output = self._network.run(rows, chosen, wants_best=wants_best)
+        if not wanted:
+            result = StepResult(draws=[])
+        elif output.best is not None and output.is_finite is not None:
+            result = StepResult(draws=output.best.tolist())
+            result.note_failures(batch, output.is_finite.tolist())
+        else:
+            result = self._draw(batch, wanted, output.logits)
+        self._score_prompts(batch, output.hidden, result)
         result.kernel_seconds = time.perf_counter() - start
         return Launched(batch, lambda: result, feeds_itself=False)
 
@@ -155,7 +169,7 @@ class ModelRunner:
         try:
             found = loop.run(batch.sequences, slots, is_ahead=batch.is_ahead)
             if loop.needs_host:
-                result = self._draw(batch, found)
+                result = self._draw(batch, self._sampling_rows_of(batch), found)
                 loop.feed(torch.tensor(result.draws, device=found.device))
                 result.kernel_seconds = time.perf_counter() - start
                 return Launched(batch, lambda: result, feeds_itself=False)
@@ -195,10 +209,14 @@ class ModelRunner:
         """
         probed = _PROBED_COUNTS_ON_CUDA if self._on_cuda else _PROBED_COUNTS
         counts = [count for count in probed if count <= self._n_ctx]
-        together, logits = (values.clone() for values in self._network.run(self._probe(counts[-1])))
+        output = self._network.run(self._probe(counts[-1]))
+        hidden, logits = output.hidden.clone(), output.logits.clone()
         for count in counts:
-            found = self._network.run(self._probe(count))
-            if not all(map(torch.equal, found, (together[:count], logits[:count]))):
+            output = self._network.run(self._probe(count))
+            if not (
+                torch.equal(output.hidden, hidden[:count])
+                and torch.equal(output.logits, logits[:count])
+            ):
                 return False
         return True
 
@@ -214,19 +232,18 @@ class ModelRunner:
             spans=(Span(0, 0, count, self._n_ctx),),
         )
 
-    def _draw(self, batch: ScheduledBatch, logits: Tensor) -> StepResult:
+    def _draw(self, batch: ScheduledBatch, rows: list[SamplingRow], logits: Tensor) -> StepResult:
         """Choose a token for each of the rows that have caught up, from their logits (R, V)."""
-        rows = [self._sampling_row(batch.sequences[row]) for row in batch.sampled_rows]
         sampled = sample(logits, rows)
         result = StepResult(draws=sampled.token_ids.tolist())
-        is_finite = sampled.is_finite.tolist()
-        if not all(is_finite):
-            result.failed_rows += [
-                row for row, finite in zip(batch.sampled_rows, is_finite, strict=True) if not finite
-            ]
+        result.note_failures(batch, sampled.is_finite.tolist())
         for place, (logprob, token_ids, logprobs) in sampled.logprobs_by_row().items():
             result.logprobs[batch.sampled_rows[place]] = TopLogprobs(logprob, token_ids, logprobs)
         return result
+
+    def _sampling_rows_of(self, batch: ScheduledBatch) -> list[SamplingRow]:
+        """What the sampler knows of the rows that have caught up."""
+        return [self._sampling_row(batch.sequences[row]) for row in batch.sampled_rows]
 
     def _sampling_row(self, sequence: Sequence) -> SamplingRow:
         """The sampler's state of a sequence, brought up to date."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine.attention import PagedAttention
 from engine.attention_cpu import CPUPagedAttention
-from engine.batch import Array, Rows
+from engine.batch import Array, NetworkOutput, Rows
 from engine.cuda_graph import AttentionFactory
 from engine.kv_cache import KVCache
 from engine.layers_avx512 import FusedNetwork
@@ -23,10 +23,13 @@ from model.gpt import GPT
 class Network(Protocol):
     """A model and its head over a paged cache."""
 
-    def run(self, rows: Rows, chosen: Array | None = None) -> tuple[Tensor, Tensor]:
-        """Compute rows N: hidden states (N, C), and logits (R, vocab_size) of the `chosen` (R,).
+    def run(
+        self, rows: Rows, chosen: Array | None = None, *, wants_best: bool = False
+    ) -> NetworkOutput:
+        """Compute rows N, and the logits of the `chosen` ones (R,): None chooses all.
 
-        None chooses all. Logits are float32; both may be gone when the next call comes.
+        What it returns may be gone when the next call comes. `wants_best` asks for the best
+        tokens, which may be granted or not.
         """
         ...
 
@@ -57,16 +60,19 @@ class ModularNetwork:
         self._cache = cache
 
     @torch.inference_mode()
-    def run(self, rows: Rows, chosen: Array | None = None) -> tuple[Tensor, Tensor]:
+    def run(
+        self, rows: Rows, chosen: Array | None = None, *, wants_best: bool = False
+    ) -> NetworkOutput:
         """See `Network`."""
         batch = rows.to(self._cache.k.device, self._cache.block_size)
         attend = self.attention(self.model.config, self._cache, batch)
         hidden: Tensor = self.model(batch.tokens, batch.positions, attend)  # (N, C)
         if chosen is None:
-            return hidden, self.logits(hidden)
+            return NetworkOutput(hidden, self.logits(hidden))
         if not len(chosen):
-            return hidden, hidden.new_empty((0, 0), dtype=torch.float32)
-        return hidden, self.logits(hidden[torch.from_numpy(chosen).to(hidden.device)])
+            return NetworkOutput(hidden, hidden.new_empty((0, 0), dtype=torch.float32))
+        some = hidden[torch.from_numpy(chosen).to(hidden.device)]
+        return NetworkOutput(hidden, self.logits(some))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -139,6 +139,16 @@ def _first_of(logits: Any, first: Any, peaks: Any, rank: Any) -> Any:
 
 
 @_compiled
+def first_best(logits: Any, first: Any, size: Any) -> Any:
+    """The lowest id among the best of a row, which begins at `first`, and whether it is finite."""
+    peaks = np.empty((size + _BLOCK - np.uintp(1)) // _BLOCK, np.int32)
+    best = _find_peaks(logits, first, size, peaks)
+    if best == _LEAST:
+        return np.int64(0), False
+    return np.int64(_first_of(logits, first, peaks, best)), True
+
+
+@_compiled
 def _mass(logit: Any, best: Any, scale: Any) -> Any:
     """Compute `engine.draw.mass` of one token, operation by operation."""
     power = np.float32(np.float32(logit - best) * scale)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.batch import Rows, Span
+from engine.batch import NetworkOutput, Rows, Span
 from engine.config import EngineConfig, LaunchConfig
 from engine.kv_cache import KVCache
 from engine.layers_avx512 import FusedNetwork
@@ -183,10 +183,9 @@ def fused_network(
     return FusedNetwork(model, cache, vocab_size, quantizes=quantizes)
 
 
-def copies(values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def copies(output: NetworkOutput) -> tuple[Tensor, Tensor]:
     """What a network computed, for longer than until its next call."""
-    hidden, logits = values
-    return hidden.clone(), logits.clone()
+    return output.hidden.clone(), output.logits.clone()
 
 
 @in_every_precision
@@ -200,7 +199,7 @@ def test_the_fused_network_equals_the_model(
     )
     rows = rows_of_a_prompt()
 
-    hidden, logits = fused_network(config, dtype, quantizes=quantizes).run(rows)
+    hidden, logits = copies(fused_network(config, dtype, quantizes=quantizes).run(rows))
 
     model = tiny_gpt(config).to(dtype).requires_grad_(False).double()
     tokens, positions = torch.from_numpy(rows.tokens), torch.from_numpy(rows.positions)
@@ -222,12 +221,31 @@ def test_logits_are_the_same_of_all_rows_of_some_and_of_hidden_states(
     hidden, logits = copies(network.run(rows))
 
     chosen = np.array([19, 3, 4, 0, 11])
-    found, of_some = network.run(rows, chosen)
+    found, of_some, *_ = network.run(rows, chosen)
     assert torch.equal(found, hidden)
     assert torch.equal(of_some, logits[chosen])
     assert torch.equal(network.logits(found[6:13]), logits[6:13])
-    _, of_none = network.run(rows, chosen[:0])
-    assert of_none.shape == (0, 10)
+    assert network.run(rows, chosen[:0]).logits.shape == (0, 10)
+
+
+@in_every_precision
+def test_the_best_tokens_are_the_first_of_the_highest_logits(
+    dtype: torch.dtype, quantizes: bool
+) -> None:
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=48, n_ctx=32, vocab_size=200)
+    model = tiny_gpt(config).to(dtype).requires_grad_(False)
+    model.wte.weight[100:] = model.wte.weight[:100]  # each logit twice
+    model.wpe.weight[7] = math.nan
+    cache = KVCache(config, num_blocks=6, block_size=4, dtype=dtype, device="cpu")
+    network = FusedNetwork(model, cache, 200, quantizes=quantizes)
+
+    output = network.run(rows_of_a_prompt(), np.arange(5, 9), wants_best=True)
+
+    assert output.best is not None
+    assert output.is_finite is not None
+    assert output.is_finite.tolist() == [True, True, False, False]  # later rows see the seventh
+    assert output.best[:2].tolist() == output.logits[:2, :100].argmax(1).tolist()
+    assert output.best[2:].tolist() == [0, 0]
 
 
 @in_every_precision
@@ -237,7 +255,7 @@ def test_a_prompt_in_chunks_gives_the_same_bytes(dtype: torch.dtype, quantizes: 
     network = fused_network(config, dtype, quantizes=quantizes)
 
     for first, end in ((0, 1), (1, 10), (10, 19), (19, 20)):
-        found = network.run(rows_of_a_prompt(first, end))
+        found = copies(network.run(rows_of_a_prompt(first, end)))
         for ours, expected in zip(found, whole, strict=True):
             assert torch.equal(ours, expected[first:end])
 
