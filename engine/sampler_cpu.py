@@ -530,7 +530,10 @@ class Options(NamedTuple):
 
 
 _NO_FLOATS, _NO_INTEGERS = np.empty(0), np.empty(0, np.int64)
-_GREEDY = Options(_NO_FLOATS, *[_NO_INTEGERS] * 4, *[_NO_FLOATS] * 3)
+_GREEDY = Options(
+    _NO_FLOATS, _NO_INTEGERS, _NO_INTEGERS, _NO_INTEGERS, _NO_INTEGERS, _NO_FLOATS, _NO_FLOATS,
+    _NO_FLOATS,
+)  # fmt: skip
 
 
 def choose(
@@ -547,8 +550,10 @@ def choose(
     """
     options = None
     if temperature is not None and keys is not None:
-        columns = map(_column, (temperature, keys.seed, keys.choice, keys.position))
-        options = Options(*columns, *_filter_options(filters, len(logits)))
+        options = Options(
+            _column(temperature), _column(keys.seed), _column(keys.choice), _column(keys.position),
+            *_filter_options(filters, len(logits)),
+        )  # fmt: skip
     return choose_with(logits, options)
 
 
