@@ -146,28 +146,27 @@ class Space(NamedTuple):
 
 @_jitable
 def _begin(
-    counts: Any, phase: Any, tokens: Any, positions: Any, sequences: Any, model: Any, widen: Any,
-    attention: Any, x: Any,
+    counts: Any, phase: Any, tokens: Any, positions: Any, sequences: Any, wte: Any, wpe: Any,
+    widen: Any, x: Any, block_size: Any, tables: Any, blocks: Any, offsets: Any, tiles: Any,
 ) -> None:  # fmt: skip
     """Embed tokens at their positions, say where their keys and values go, and list the tiles."""
     num_rows = len(tokens)
-    block_size = attention.cache_k.shape[3]
     num_tasks = 1 + (num_rows + _ROWS_A_TASK - 1) // _ROWS_A_TASK
     while True:
         task = take(counts, phase)
         if task >= num_tasks:
             break
         if task == 0:
-            list_tiles(positions, sequences, attention.tiles)
+            list_tiles(positions, sequences, tiles)
             finish(counts, phase)
             continue
         for r in range((task - 1) * _ROWS_A_TASK, min(task * _ROWS_A_TASK, num_rows)):
             row, token, position = np.uintp(r), np.uintp(tokens[r]), np.uintp(positions[r])
             for c in range(np.uintp(x.shape[1])):
-                x[row, c] = widen(model.wte[token, c]) + widen(model.wpe[position, c])
+                x[row, c] = widen(wte[token, c]) + widen(wpe[position, c])
             place = positions[r] // block_size
-            attention.blocks[row] = attention.tables[sequences[r], place]
-            attention.offsets[row] = positions[r] - place * block_size
+            blocks[row] = tables[sequences[r], place]
+            offsets[row] = positions[r] - place * block_size
         finish(counts, phase)
     wait(counts, phase, num_tasks)
 
@@ -189,15 +188,16 @@ def _pick(counts: Any, phase: Any, x: Any, rows: Any, out: Any) -> None:
 
 
 @_jitable
-def _find_best(counts: Any, phase: Any, space: Any) -> None:
-    """Find the first of the best tokens of each row of logits."""
-    num_rows, size = len(space.best), np.uintp(space.logits.shape[1])
+def _find_best(
+    counts: Any, phase: Any, logits: Any, vocab_size: Any, best: Any, is_finite: Any
+) -> None:
+    """Find the first of the best tokens of each row of logits, which lie one behind the other."""
+    num_rows, size = len(best), np.uintp(vocab_size)
     while True:
         row = take(counts, phase)
         if row >= num_rows:
             break
-        token, is_finite = first_best(space.flat, np.uintp(row) * size, size)
-        space.best[row], space.is_finite[row] = token, is_finite
+        best[row], is_finite[row] = first_best(logits, np.uintp(row) * size, size)
         finish(counts, phase)
     wait(counts, phase, num_rows)
 
@@ -225,7 +225,11 @@ def _compile(kind: int, kept_name: str) -> Any:
         epsilon = model.epsilon
         x, inputs, wide_inputs = space.x, space.inputs, space.wide_inputs
         if len(tokens) > 0:
-            _begin(counts, 0, tokens, positions, sequences, model, widen, attention, x)
+            _begin(
+                counts, 0, tokens, positions, sequences, model.wte, model.wpe, widen, x,
+                attention.cache_k.shape[3], attention.tables, attention.blocks, attention.offsets,
+                attention.tiles,
+            )  # fmt: skip
         for layer in range(num_layers):
             phase = 1 + layer * len(_PHASES_A_LAYER)
             if len(x) <= _FEW_ROWS:
@@ -284,7 +288,9 @@ def _compile(kind: int, kept_name: str) -> Any:
                 inputs.rows, layer_address(attn, 0), group_bytes(attn),
             )  # fmt: skip
             if wants_best:
-                _find_best(counts, phase + 3, space)
+                _find_best(
+                    counts, phase + 3, space.flat, head.num_outputs, space.best, space.is_finite
+                )
         leave(thread)
 
     return network

@@ -106,6 +106,18 @@ def _rank_at(row: Any, x: Any) -> Any:
 
 
 @_inlined
+def _magnitude(logit: Any) -> Any:
+    """The bits of a logit without its sign: a NaN has more than infinity."""
+    return np.int32(np.float32(logit).view(np.int32) & _MAGNITUDE)
+
+
+@_inlined
+def _is_finite(best: Any, largest: Any) -> Any:
+    """Whether a row's highest rank is a finite logit's, and none of its magnitudes a NaN's."""
+    return largest <= _INFINITE and best < _INFINITE and best > _MINUS_INFINITE
+
+
+@_inlined
 def _find_peaks(logits: Any, first: Any, size: Any, peaks: Any) -> Any:
     """Find the highest rank of each block and of all; `_LEAST` if that is not a finite logit's."""
     best = _LEAST
@@ -116,14 +128,11 @@ def _find_peaks(logits: Any, first: Any, size: Any, peaks: Any) -> Any:
         for at in range(first + start, first + min(start + _BLOCK, size)):
             rank = _rank(logits[at])
             peak = rank if rank > peak else peak
-            # A NaN has more than infinity's bits, with either sign.
-            bits = np.int32(np.float32(logits[at]).view(np.int32) & _MAGNITUDE)
+            bits = _magnitude(logits[at])
             largest = bits if bits > largest else largest
         peaks[block] = peak
         best = peak if peak > best else best
-    if largest > _INFINITE or best >= _INFINITE or best <= _MINUS_INFINITE:
-        best = _LEAST
-    return best
+    return best if _is_finite(best, largest) else _LEAST
 
 
 @_inlined
@@ -141,11 +150,18 @@ def _first_of(logits: Any, first: Any, peaks: Any, rank: Any) -> Any:
 @_compiled
 def first_best(logits: Any, first: Any, size: Any) -> Any:
     """The lowest id among the best of a row, which begins at `first`, and whether it is finite."""
-    peaks = np.empty((size + _BLOCK - np.uintp(1)) // _BLOCK, np.int32)
-    best = _find_peaks(logits, first, size, peaks)
-    if best == _LEAST:
-        return np.int64(0), False
-    return np.int64(_first_of(logits, first, peaks, best)), True
+    best, largest = _LEAST, np.int32(0)
+    for at in range(first, first + size):
+        rank = _rank(logits[at])
+        best = rank if rank > best else best
+        bits = _magnitude(logits[at])
+        largest = bits if bits > largest else largest
+    token = np.uintp(0)
+    is_finite = _is_finite(best, largest)
+    if is_finite:
+        while _rank(logits[first + token]) != best:
+            token += np.uintp(1)
+    return np.int64(token), is_finite
 
 
 @_compiled
