@@ -1,4 +1,4 @@
-"""The parts of a CPU step at GPT-2 124M's sizes: products, attention, all layers by phases.
+"""The parts of a CPU step at GPT-2 124M's sizes: products, attention, the network by phases.
 
 `python -m benchmarks.kernels` alternates ours and oneDNN's packed product, each over copies that
 no cache holds together.
@@ -16,9 +16,9 @@ from rich.table import Table
 from torch import Tensor
 
 from engine.attention_cpu import CPUPagedAttention
-from engine.batch import ModelInput
+from engine.batch import Rows, Span
 from engine.kv_cache import KVCache
-from engine.layers_avx512 import PHASES_A_LAYER, FusedLayers
+from engine.layers_avx512 import FusedNetwork
 from engine.linear import PackedLinear
 from engine.linear_avx512 import FusedLinear
 from model.config import GPTConfig
@@ -64,19 +64,17 @@ def products(rows: int, rounds: int) -> Table:
     return table
 
 
-def _batch(num_sequences: int, rows: int, length: int) -> ModelInput:
+def _rows(num_sequences: int, rows: int, length: int) -> Rows:
     """The last rows of sequences of one length."""
-    tables = torch.arange(1, num_sequences * 64 + 1).view(num_sequences, 64).int()
-    sequences = torch.arange(num_sequences).repeat_interleave(rows)
-    positions = (torch.arange(rows) + length - rows).repeat(num_sequences)
-    return ModelInput(
-        tokens=positions, positions=positions, row_sequences=sequences, block_tables=tables,
-        slot_blocks=tables[sequences, positions // 16].long(), slot_offsets=positions % 16,
-    )  # fmt: skip
+    tables = np.arange(1, num_sequences * 64 + 1, dtype=np.int32).reshape(num_sequences, 64)
+    sequences = np.repeat(np.arange(num_sequences), rows)
+    positions = np.tile(np.arange(length - rows, length), num_sequences)
+    spans = tuple(Span(s, length - rows, length, length) for s in range(num_sequences))
+    return Rows(positions, positions, sequences, tables, spans)
 
 
-def _cache(batch: ModelInput, dtype: torch.dtype) -> KVCache:
-    num_blocks = batch.block_tables.numel() + 1
+def _cache(rows: Rows, dtype: torch.dtype) -> KVCache:
+    num_blocks = rows.block_tables.size + 1
     cache = KVCache(_CONFIG, num_blocks=num_blocks, block_size=16, dtype=dtype, device="cpu")
     # Memory that nobody wrote is the same page everywhere, and so in the nearest cache.
     cache.k.fill_(1)
@@ -84,39 +82,37 @@ def _cache(batch: ModelInput, dtype: torch.dtype) -> KVCache:
     return cache
 
 
-def layers(shapes: Sequence[tuple[int, int, int]], rounds: int) -> Table:
-    """All layers in one call, as a step runs them: where its time goes, phase by phase."""
+def network(shapes: Sequence[tuple[int, int, int]], rounds: int) -> Table:
+    """The network in one call, as a step runs it: where its time goes, phase by phase."""
     kinds = [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)]
-    table = Table(title="phases of all layers in a step, ms")
-    for heading in (
-        "",
-        "sequences",
-        "rows of each",
-        "last position",
-        *dict.fromkeys(PHASES_A_LAYER),
-    ):
+    names = list(dict.fromkeys(FusedNetwork.phases(1)))
+    table = Table(title="phases of a step, ms")
+    for heading in ("", "sequences", "rows of each", "last position", *names, "all, as called"):
         table.add_column(heading, justify="right")
-    table.add_column("all, as called", justify="right")
     for dtype, quantizes in kinds:
-        fused = FusedLayers(GPT(_CONFIG).to(dtype), quantizes=quantizes)
+        kind = "int8" if quantizes else str(dtype).removeprefix("torch.")
         for shape in shapes:
-            batch = _batch(*shape)
-            attend = CPUPagedAttention(_CONFIG, _cache(batch, dtype), batch)
-            x = torch.randn(len(batch.positions), _CONFIG.n_embd).to(dtype)
+            rows = _rows(*shape)
+            fused = FusedNetwork(
+                GPT(_CONFIG).to(dtype), _cache(rows, dtype), _CONFIG.vocab_size,
+                quantizes=quantizes,
+            )  # fmt: skip
+            chosen = np.arange(1, shape[0] + 1) * shape[1] - 1  # the last rows
+            phases = FusedNetwork.phases(_CONFIG.n_layer)
             times, shares = [], []
             for _ in range(rounds + 2):
                 start = time.perf_counter()
-                fused(x, attend)
+                fused.run(rows, chosen if shape[1] > 1 else None)
                 times.append(time.perf_counter() - start)
-                # Of a phase that did not run, the end is the one's before.
-                ends = np.maximum.accumulate(fused.phase_ends.reshape(-1))
-                spent = np.diff(ends, prepend=ends[0]).reshape(fused.phase_ends.shape).sum(0)
+                # Of a phase that did not run, the end is the one's before. The first has no
+                # beginning, and takes next to nothing.
+                ends = np.maximum.accumulate(fused.phase_ends)
+                spent = np.diff(ends, prepend=ends[0])
                 shares.append(spent / spent.sum())
             milliseconds = 1e3 * statistics.median(times[2:])
-            found = dict.fromkeys(PHASES_A_LAYER, 0.0)
-            for name, share in zip(PHASES_A_LAYER, np.median(shares[2:], 0), strict=True):
+            found = dict.fromkeys(names, 0.0)
+            for name, share in zip(phases, np.median(shares[2:], 0), strict=True):
                 found[name] += milliseconds * share
-            kind = "int8" if quantizes else str(dtype).removeprefix("torch.")
             columns = [f"{value:.2f}" for value in (*found.values(), milliseconds)]
             table.add_row(kind, *map(str, shape), *columns)
     return table
@@ -129,7 +125,7 @@ def attention(rounds: int) -> Table:
     for heading in ("sequences", "rows of each", "last position", *headings):
         table.add_column(heading, justify="right")
     for num_sequences, rows, length in ((1, 1, 64), (32, 1, 64), (32, 1, 256), (1, 512, 512)):
-        batch = _batch(num_sequences, rows, length)
+        batch = _rows(num_sequences, rows, length)
         found = []
         for dtype, cache_dtype in (
             (torch.bfloat16, torch.bfloat16),
@@ -137,7 +133,9 @@ def attention(rounds: int) -> Table:
             (torch.float32, torch.float32),
             (torch.float32, torch.int8),
         ):
-            attend = CPUPagedAttention(_CONFIG, _cache(batch, cache_dtype), batch)
+            cache = _cache(batch, cache_dtype)
+            given = batch.to(torch.device("cpu"), cache.block_size)
+            attend = CPUPagedAttention(_CONFIG, cache, given)
             q, k, v = torch.randn(len(batch.positions), 3, 12, 64).to(dtype).unbind(1)
             calls = [
                 lambda layer=layer, attend=attend, q=q, k=k, v=v: attend(layer, q, k, v)
@@ -160,7 +158,7 @@ def main() -> None:
             console.print(products(rows, arguments.rounds))
         console.print(attention(arguments.rounds))
         shapes = [(rows, 1, 64) for rows in arguments.rows] + [(1, 256, 256)]
-        console.print(layers(shapes, arguments.rounds))
+        console.print(network(shapes, arguments.rounds))
 
 
 if __name__ == "__main__":

@@ -39,33 +39,36 @@ _LINE = 64  # bytes that a processor fetches together, and what vectors of 16 fl
 _jitable = numba.extending.register_jitable
 
 
-class Tiles:
-    """A step's rows as attention takes them: up to 8 neighbours of one sequence at a time.
+@_jitable
+def list_tiles(positions: Any, sequences: Any, tiles: Any) -> Any:
+    """List a step's rows as attention takes them: up to 8 neighbours of one sequence at a time.
 
-    `table` (T, 4) int64 is first row, number of rows, position of the first and row of the block
-    tables; the longest come first. A task is a tile and a head, task = head * T + tile, so that
-    those of one sequence follow each other and find its keys still at hand.
+    Of each row a position and its row of the block tables. tiles (T, 4) int64 become first row,
+    number of rows, position of the first and row of the block tables; the longest come first.
+    Returns T. A task is a tile and a head, task = head * T + tile, so that those of one sequence
+    follow each other and find its keys still at hand.
     """
-
-    def __init__(self, batch: ModelInput) -> None:
-        positions, sequences = batch.positions.numpy(), batch.row_sequences.numpy()
-        num_rows = len(positions)
-        ends = np.ones(num_rows, np.bool_)  # whether the row is the last of a run
-        ends[:-1] = (sequences[1:] != sequences[:-1]) | (positions[1:] != positions[:-1] + 1)
-        last = np.flatnonzero(ends)
-        if len(last) == num_rows:
-            first, counts = last, np.ones(num_rows, np.int64)
-        else:
-            starts = np.concatenate(([0], last[:-1] + 1))
-            tiles_each = (last - starts) // ROWS + 1
-            before = np.cumsum(tiles_each) - tiles_each
-            first = np.repeat(starts - ROWS * before, tiles_each)
-            first += ROWS * np.arange(len(first))
-            counts = np.minimum(np.repeat(last + 1, tiles_each) - first, ROWS)
-        order = np.argsort(-positions[first], kind="stable")
-        first, counts = first[order], counts[order]
-        self.table = np.stack((first, counts, positions[first], sequences[first]), 1)
-        self.length = int(positions.max()) + 1  # of the longest sequence, up to its last row
+    num_rows, num_tiles, first = len(positions), 0, 0
+    while first < num_rows:
+        end = first + 1
+        while (
+            end < num_rows
+            and end - first < ROWS
+            and sequences[end] == sequences[first]
+            and positions[end] == positions[end - 1] + 1
+        ):
+            end += 1
+        # Sorted by insertion: rows of decoding have the order of the step before.
+        place = num_tiles
+        while place > 0 and tiles[place - 1, 2] < positions[first]:
+            for column in range(4):
+                tiles[place, column] = tiles[place - 1, column]
+            place -= 1
+        tiles[place, 0], tiles[place, 1] = first, end - first
+        tiles[place, 2], tiles[place, 3] = positions[first], sequences[first]
+        num_tiles += 1
+        first = end
+    return num_tiles
 
 
 class ThreadRoom:
@@ -98,10 +101,11 @@ class CPUPagedAttention:
         self.tables = batch.block_tables.numpy()
         self.blocks = batch.slot_blocks.numpy()
         self.offsets = batch.slot_offsets.numpy()
-        tiles = Tiles(batch)
-        self.tiles = tiles.table
+        positions, sequences = batch.positions.numpy(), batch.row_sequences.numpy()
+        tiles = np.empty((len(positions), 4), np.int64)
+        self.tiles = tiles[: _list_tiles(positions, sequences, tiles)]
         num_threads = torch.get_num_threads()
-        self.room = ThreadRoom(config, num_threads=num_threads, length=tiles.length)
+        self.room = ThreadRoom(config, num_threads=num_threads, length=int(positions.max()) + 1)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend in layer `layer`: q, k, v (N, H, D) -> (N, H, D)."""
@@ -267,3 +271,6 @@ def _attend(
         )  # fmt: skip
         finish(counts, 1)
     wait(counts, 1, num_tasks)
+
+
+_list_tiles = numba.njit(**KERNEL)(list_tiles)

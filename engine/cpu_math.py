@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -72,3 +73,18 @@ def view(tensor: Tensor) -> Array:
         tensor = tensor.view(torch.uint16)
     array: Array = tensor.numpy()
     return array
+
+
+_inlined = numba.extending.register_jitable(inline="always")
+
+
+@_inlined
+def widen(bits: Any) -> Any:
+    """The float32 that bfloat16's bits stand for."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@_inlined
+def same(value: Any) -> Any:
+    """A float32 as it is."""
+    return value

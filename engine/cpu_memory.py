@@ -2,11 +2,17 @@
 
 import math
 import mmap
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.core.types.containers import BaseTuple
+from numba.np.arrayobj import populate_array
 
 from engine.cpu_math import Array
 
@@ -26,6 +32,20 @@ def huge_pages(shape: tuple[int, ...], dtype: Any) -> Array:
     return np.frombuffer(pages, dtype).reshape(shape)
 
 
+def _without_owners(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    """The value of an array or a tuple, which nobody counts who refers to its arrays."""
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value)
+        for owner in ("meminfo", "parent"):
+            setattr(array, owner, getattr(array, owner).type(None))
+        return array._getvalue()
+    if isinstance(kind, BaseTuple):
+        for place, part in enumerate(kind):
+            found = _without_owners(context, builder, part, builder.extract_value(value, place))
+            value = builder.insert_value(value, found, place)
+    return value
+
+
 @numba.extending.intrinsic
 def borrow(context: Any, array: Any) -> Any:
     """The same array in a kernel, but nobody counts who refers to it: the caller keeps it alive.
@@ -35,12 +55,74 @@ def borrow(context: Any, array: Any) -> Any:
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        found = context.make_array(array)(context, builder, arguments[0])
-        for owner in ("meminfo", "parent"):
-            setattr(found, owner, getattr(found, owner).type(None))
-        return found._getvalue()
+        return _without_owners(context, builder, array, arguments[0])
 
     return array(array), generate
+
+
+_kept_types: dict[str, Any] = {}  # numba's, by name
+
+
+def keep(name: str, value: tuple[Any, ...]) -> Array:
+    """Turn a tuple of arrays, tuples, ints and float32s into one array, for `restore`.
+
+    For what many calls of a kernel are given: from Python's objects, each would fetch hundreds of
+    cold cache lines together. Values of a name are of one type in all processes, because kernels
+    on the disk know types by their names. Whoever keeps a value keeps its arrays alive.
+    """
+    kind = numba.typeof(value)
+    assert _kept_types.setdefault(name, kind) == kind
+    return np.array(list(_words(value)), np.int64)
+
+
+def _words(value: Any) -> Iterator[int]:
+    """What `_value_at` makes a value of."""
+    if isinstance(value, np.ndarray):
+        yield from (value.ctypes.data, *value.shape, *value.strides)
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _words(part)
+    elif isinstance(value, np.float32):
+        yield int(value.view(np.int32))
+    else:
+        yield value
+
+
+@numba.extending.intrinsic(prefer_literal=True)
+def restore(context: Any, name: Any, place: Any) -> Any:
+    """In a kernel, what `keep` made an array of, which lies at a place; borrowed."""
+    kind = _kept_types[name.literal_value]
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        words = builder.inttoptr(arguments[1], ir.IntType(64).as_pointer())
+        return _value_at(context, builder, kind, words, count())
+
+    return kind(name, types.intp), generate
+
+
+def _value_at(context: Any, builder: Any, kind: Any, words: Any, places: Iterator[int]) -> Any:
+    """The value of a type out of the words at the next places."""
+
+    def next_word() -> Any:
+        at = builder.gep(words, [ir.Constant(ir.IntType(32), next(places))])
+        return builder.load(at)
+
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder)
+        item = context.get_data_type(kind.dtype)
+        data = builder.inttoptr(next_word(), item.as_pointer())
+        sizes = [[next_word() for _ in range(kind.ndim)] for _ in ("shape", "strides")]
+        item_bytes = ir.Constant(ir.IntType(64), context.get_abi_sizeof(item))
+        populate_array(array, data, *sizes, item_bytes, None, parent=None)
+        return array._getvalue()
+    if isinstance(kind, BaseTuple):
+        parts = [_value_at(context, builder, part, words, places) for part in kind]
+        return context.make_tuple(builder, kind, parts)
+    word = next_word()
+    if kind == types.float32:
+        return builder.bitcast(builder.trunc(word, ir.IntType(32)), ir.FloatType())
+    assert kind == types.int64
+    return word
 
 
 class Scratch:

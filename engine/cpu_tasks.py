@@ -33,6 +33,7 @@ _Call = tuple[Kernel, tuple[Any, ...], list[Exception]]  # and what the other th
 _libc = ctypes.CDLL(None)
 
 _NEVER = -(2**62)  # more tasks done than that are less than none, however many follow
+_COURTESY = 1000  # pauses: some 15 microseconds
 _PATIENCE = 2000  # looks at a count before the core is offered to others: some 30 microseconds
 
 
@@ -219,6 +220,18 @@ def _stamp(context: Any, counts: Any, phase: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(counts, types.intp), generate
+
+
+@numba.extending.register_jitable
+def leave(thread: Any) -> None:
+    """End a thread's part of a kernel, the caller's first.
+
+    Behind a kernel every thread wants the interpreter's lock, and whoever has to wait for it
+    sleeps: that had better not be the one that has a step to end.
+    """
+    if thread > 0:
+        for _ in range(_COURTESY):
+            _pause()
 
 
 def phase_ends(counts: Array) -> Array:

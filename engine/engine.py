@@ -83,7 +83,6 @@ class Engine:
                 self._block_manager,
                 max_num_sequences=config.max_num_sequences,
                 n_ctx=self.n_ctx,
-                device=weight.device,
             ),
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,

@@ -1,6 +1,6 @@
 """Matrix products as the engine runs them: weights packed once at load, where that pays.
 
-On a CPU with AVX-512, all layers are one kernel of our own (`layers_avx512.py`). Without, oneDNN
+On a CPU with AVX-512, the network is one kernel of our own (`layers_avx512.py`). Without, oneDNN
 takes the weights, packed in a layout of its own choosing, which `F.linear` would
 rearrange for every product. Both give a row the same bytes however many rows come with it, which
 `F.linear` does not (`tests/engine/test_linear.py` looks at every count).
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.fused_avx512 import BFLOAT16, FLOAT32, INT8
-from engine.layers_avx512 import FusedLayers
 from engine.linear_avx512 import FusedLinear, has_avx512
 from model.config import Activation
 from model.gpt import ACTIVATIONS, GPT, Block
@@ -127,17 +126,9 @@ class Head(nn.Module):
         return logits
 
 
-def pack(model: GPT, *, quantizes: bool = False, fuses: bool = True) -> None:
-    """Replace a GPT's blocks, or their projections, in place by what this machine has for them.
-
-    Weights of 8 bits (`quantizes`) want `can_fuse`. With `fuses`, where that can be, all layers
-    become one module that attends by `CPUPagedAttention` alone.
-    """
+def pack(model: GPT) -> None:
+    """Replace the projections of a GPT's blocks in place by packed ones, where there are such."""
     weight = model.wte.weight
-    if fuses and can_fuse(weight.device, weight.dtype, quantizes=quantizes):
-        model.h = nn.ModuleList([FusedLayers(model, quantizes=quantizes)])
-        return
-    assert not quantizes, "loading refuses weights of 8 bits here"
     if not can_pack(weight.device, weight.dtype):
         return
     for block in model.h:

@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from torch import Tensor, nn
 
-from engine.cpu_math import KERNEL, Array
+from engine.cpu_math import KERNEL, Array, same, widen
 from engine.cpu_memory import Scratch, borrow, huge_pages
 from engine.cpu_tasks import counters, finish, take, team, wait
 from engine.fused_avx512 import (
@@ -205,21 +205,6 @@ class Inputs(NamedTuple):
 
 
 @_jitable
-def borrow_weights(weights: Any) -> Any:
-    """`borrow` of all of them."""
-    return Weights(
-        borrow(weights.packed), borrow(weights.column_scales), borrow(weights.column_sums),
-        borrow(weights.bias), borrow(weights.gain), borrow(weights.offset), weights.num_outputs,
-    )  # fmt: skip
-
-
-@_jitable
-def borrow_inputs(inputs: Any) -> Any:
-    """`borrow` of all of them."""
-    return Inputs(borrow(inputs.rows), borrow(inputs.scales), borrow(inputs.zeros))
-
-
-@_jitable
 def group_bytes(weights: Any) -> Any:
     """What the weights of 48 outputs take."""
     return np.uintp(BLOCKS * 4 * _LANES) * np.uintp(weights.packed.shape[2])
@@ -237,10 +222,11 @@ class Phases(NamedTuple):
 
     prepare: Any
     multiply: Any
+    widen: Any  # what embeddings hold to float32
     input_type: Any  # of numpy
 
 
-def _phases(kind: int, input_type: Any) -> Phases:
+def _phases(kind: int, input_type: Any, widen: Any) -> Phases:
     """Build the phases of one kind, whose inputs are of a type."""
     sum_type = np.int32 if kind == INT8 else np.float32
     input_bytes = np.uintp(np.dtype(input_type).itemsize)
@@ -346,7 +332,7 @@ def _phases(kind: int, input_type: Any) -> Phases:
             finish(counts, phase)
         wait(counts, phase, num_groups)
 
-    return Phases(_importable(prepare, kind), _importable(multiply, kind), input_type)
+    return Phases(_importable(prepare, kind), _importable(multiply, kind), widen, input_type)
 
 
 def _importable(function: Any, kind: int) -> Any:
@@ -362,9 +348,9 @@ def _importable(function: Any, kind: int) -> Any:
 
 
 PHASES = {
-    FLOAT32: _phases(FLOAT32, np.float32),
-    BFLOAT16: _phases(BFLOAT16, np.uint16),
-    INT8: _phases(INT8, np.uint8),
+    FLOAT32: _phases(FLOAT32, np.float32, same),
+    BFLOAT16: _phases(BFLOAT16, np.uint16, widen),
+    INT8: _phases(INT8, np.uint8, widen),
 }
 
 
@@ -379,7 +365,7 @@ def _compile(kind: int) -> Any:
         weights: Any, layer: Any, activation: Any, becomes: Any, out: Any,
     ) -> None:  # fmt: skip
         counts, x, out = borrow(counts), borrow(x), borrow(out)
-        inputs, weights = borrow_inputs(inputs), borrow_weights(weights)
+        inputs, weights = borrow(inputs), borrow(weights)
         prepare(counts, 0, x, weights.gain, weights.offset, layer, epsilon, inputs)
         multiply(
             counts, 1, num_threads, inputs, weights, layer, activation, becomes, out, inputs.rows,

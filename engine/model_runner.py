@@ -5,15 +5,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.attention import PagedAttention
-from engine.attention_cpu import CPUPagedAttention
-from engine.batch import BatchBuilder
+from engine.batch import BatchBuilder, Rows, Span
 from engine.cuda_graph import (
     NOT_FINITE,
     AttentionFactory,
@@ -26,15 +23,14 @@ from engine.cuda_graph import (
 )
 from engine.draw import draw as draw_by_definition
 from engine.kv_cache import KVCache
-from engine.linear import Head, pack
-from engine.linear_avx512 import PackedWeights
 from engine.messages import TopLogprobs
+from engine.network import ModularNetwork, Network, make_network
 from engine.sampler import sample, token_logprobs
 from engine.sampling_params import SamplingParams
 from engine.sampling_row import SamplingRow
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
-from model.gpt import GPT, Block
+from model.gpt import GPT
 
 _LOGPROB_ROWS = 32  # prompt positions whose logits are held at a time
 _PROBED_COUNTS = (1, 2, 3, 7, 16, 33, 64)  # of rows
@@ -50,6 +46,12 @@ class StepResult:
     logprobs: dict[int, TopLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TopLogprobs]] = field(default_factory=dict)
     kernel_seconds: float = 0.0  # in model, head and sampler, or waiting for them
+
+    def note_failures(self, batch: ScheduledBatch, is_finite: list[bool]) -> None:
+        """Take down whose logits are not finite, of the rows that have caught up."""
+        if not all(is_finite):
+            rows = zip(batch.sampled_rows, is_finite, strict=True)
+            self.failed_rows += [row for row, finite in rows if not finite]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class ModelRunner:
         quantizes: bool = False,
         same_bytes: bool = True,
     ) -> None:
-        """Take over a model, whose layers are replaced in place where that pays.
+        """Take over a model; what computes it is for `engine.network` to choose.
 
         `use_triton`, for the kernels of a GPU, and `decode_step`, for decoding from what lies on
         the device, are what CUDA is for; None leaves them to the device. With `quantizes`
@@ -93,38 +95,38 @@ class ModelRunner:
         on_cuda = model.wte.weight.device.type == "cuda"
         if use_triton is None:
             use_triton = on_cuda and importlib.util.find_spec("triton") is not None
-        draw: Draw = draw_by_definition
-        if use_triton:
-            from engine.attention_triton import TritonPagedAttention
-            from engine.block_triton import fuse
-            from engine.draw_triton import draw as draw_by_kernel
-
-            draw = draw_by_kernel
-            self._head: nn.Module = fuse(model, vocab_size, same_bytes=same_bytes)
-            attention = attention or TritonPagedAttention
-        else:
-            self._head = Head(model.wte.weight, vocab_size, norm=model.ln_f, quantizes=quantizes)
-            setattr(model, "ln_f", nn.Identity())  # noqa: B010  it is the head's now
-            if attention is None:
-                on_cpu = model.wte.weight.device.type == "cpu"
-                attention = CPUPagedAttention if on_cpu else PagedAttention
-            # Layers that run as one know no other attention than their own.
-            pack(model, quantizes=quantizes, fuses=attention is CPUPagedAttention)
-        self._model = model
+        if on_cuda and decode_step is None:
+            decode_step = DecodeStep
+        network = make_network(
+            model,
+            cache,
+            vocab_size=vocab_size,
+            attention=attention,
+            use_triton=use_triton,
+            quantizes=quantizes,
+            same_bytes=same_bytes,
+            fuses=decode_step is None,
+        )
+        self._network: Network = network
         self._cache = cache
         self._builder = builder
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._attention = attention
+        self._n_ctx, self._vocab_size = model.config.n_ctx, vocab_size
+        self._on_cuda = on_cuda
         self._decode_loop: DecodeLoop | None = None
-        if on_cuda and decode_step is None:
-            decode_step = DecodeStep
         if decode_step is not None:
+            assert isinstance(network, ModularNetwork)
+            draw: Draw = draw_by_definition
+            if use_triton:
+                from engine.draw_triton import draw as draw_by_kernel
+
+                draw = draw_by_kernel
             step = decode_step(
                 model,
-                self._head,
+                network.head,
                 cache,
-                attention,
+                network.attention,
                 max_num_sequences=max_num_sequences,
                 vocab_size=vocab_size,
                 draw=draw,
@@ -132,7 +134,6 @@ class ModelRunner:
             self._decode_loop = DecodeLoop(step, builder, max_num_sequences=max_num_sequences)
         self._sampling_rows: dict[int, SamplingRow] = {}  # by sequence
 
-    @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> "Launched":
         """Start a step. Raises what torch raises, after which the step may be taken back."""
         start = time.perf_counter()
@@ -145,21 +146,27 @@ class ModelRunner:
             loop.forget(batch.released_seq_ids)
             if batch.is_decode:
                 return self._launch_decode(batch, loop, start)
-        model_input = self._builder.build(batch)
-        attend = self._attention(self._model.config, self._cache, model_input)
+        rows = self._builder.build(batch)
+        chosen = None  # all, as in a step that only decodes
+        if len(batch.sampled_rows) != len(rows.tokens):
+            ends = np.cumsum(batch.num_scheduled_tokens) - 1  # the last token of each row
+            chosen = ends[batch.sampled_rows]
+        wanted = self._sampling_rows_of(batch)
         start = time.perf_counter()
-        hidden = self._model(model_input.tokens, model_input.positions, attend)  # (N, C)
-        result = StepResult(draws=[])
-        if batch.sampled_rows:
-            found = hidden
-            if len(batch.sampled_rows) != len(hidden):  # in a step that only decodes, all are
-                ends = np.cumsum(batch.num_scheduled_tokens) - 1  # the last token of each row
-                found = hidden[torch.from_numpy(ends[batch.sampled_rows]).to(hidden.device)]
-            result = self._draw(batch, self._head(found))
-        self._score_prompts(batch, hidden, result)
+        wants_best = all(row.is_plain for row in wanted)
+        output = self._network.run(rows, chosen, wants_best=wants_best)
+        if not wanted:
+            result = StepResult(draws=[])
+        elif output.best is not None and output.is_finite is not None:
+            result = StepResult(draws=output.best.tolist())
+            result.note_failures(batch, output.is_finite.tolist())
+        else:
+            result = self._draw(batch, wanted, output.logits)
+        self._score_prompts(batch, output.hidden, result)
         result.kernel_seconds = time.perf_counter() - start
         return Launched(batch, lambda: [result], feeds_itself=False)
 
+    @torch.inference_mode()
     def _launch_decode(self, batch: ScheduledBatch, loop: DecodeLoop, start: float) -> "Launched":
         """Start a step in which every row is the next one of its completion."""
         slots = self._builder.place(batch)
@@ -171,7 +178,7 @@ class ModelRunner:
                 num_ahead=batch.num_ahead,
             )
             if loop.needs_host:
-                result = self._draw(batch, found)
+                result = self._draw(batch, self._sampling_rows_of(batch), found)
                 loop.feed(torch.tensor(result.draws, device=found.device))
                 result.kernel_seconds = time.perf_counter() - start
                 return Launched(batch, lambda: [result], feeds_itself=False)
@@ -208,43 +215,50 @@ class ModelRunner:
     @property
     def weights_bytes(self) -> int:
         """What model and head hold, in whatever form they were packed; shared memory once."""
-        held: dict[int, int] = {}
-        for module in (*self._model.modules(), *self._head.modules()):
-            for values in (module._parameters, module._buffers, module.__dict__):
-                _count_bytes(values, held)
-        return sum(held.values())
+        return self._network.weights_bytes
 
-    @torch.inference_mode()
     def is_batch_invariant(self) -> bool:
-        """Whether a row of each kind of product comes out in the same bytes at any row count."""
-        weight = self._model.wte.weight
-        counts = _PROBED_COUNTS_ON_CUDA if weight.is_cuda else _PROBED_COUNTS
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(counts[-1], weight.shape[1], generator=generator)
-        x = x.to(weight.device, weight.dtype)
-        block: Any = self._model.h[0]
-        products: tuple[Any, ...]
-        if isinstance(block, Block):
-            products = (block.attn.c_attn, block.attn.c_proj, block.mlp, self._head)
-        else:
-            products = (*block.products, self._head)
-        return all(
-            torch.equal(product(x)[:count], product(x[:count]))
-            for product in products
-            for count in counts
+        """Whether the rows of a prompt come out in the same bytes in a chunk of any length.
+
+        Before any request is there: it writes into blocks of the cache.
+        """
+        probed = _PROBED_COUNTS_ON_CUDA if self._on_cuda else _PROBED_COUNTS
+        counts = [count for count in probed if count <= self._n_ctx]
+        output = self._network.run(self._probe(counts[-1]))
+        hidden, logits = output.hidden.clone(), output.logits.clone()
+        for count in counts:
+            output = self._network.run(self._probe(count))
+            if not (
+                torch.equal(output.hidden, hidden[:count])
+                and torch.equal(output.logits, logits[:count])
+            ):
+                return False
+        return True
+
+    def _probe(self, count: int) -> Rows:
+        """The first rows of a prompt that is long enough for every count."""
+        num_blocks = -(-self._n_ctx // self._cache.block_size)
+        positions = np.arange(count)
+        return Rows(
+            tokens=positions % self._vocab_size,
+            positions=positions,
+            row_sequences=np.zeros(count, np.int64),
+            block_tables=np.arange(1, num_blocks + 1, dtype=np.int32)[None],
+            spans=(Span(0, 0, count, self._n_ctx),),
         )
 
-    def _draw(self, batch: ScheduledBatch, logits: Tensor) -> StepResult:
+    def _draw(self, batch: ScheduledBatch, rows: list[SamplingRow], logits: Tensor) -> StepResult:
         """Choose a token for each of the rows that have caught up, from their logits (R, V)."""
-        rows = [self._sampling_row(batch.sequences[row]) for row in batch.sampled_rows]
         sampled = sample(logits, rows)
         result = StepResult(draws=sampled.token_ids.tolist())
-        for row, is_finite in zip(batch.sampled_rows, sampled.is_finite.tolist(), strict=True):
-            if not is_finite:
-                result.failed_rows.append(row)
+        result.note_failures(batch, sampled.is_finite.tolist())
         for place, (logprob, token_ids, logprobs) in sampled.logprobs_by_row().items():
             result.logprobs[batch.sampled_rows[place]] = TopLogprobs(logprob, token_ids, logprobs)
         return result
+
+    def _sampling_rows_of(self, batch: ScheduledBatch) -> list[SamplingRow]:
+        """What the sampler knows of the rows that have caught up."""
+        return [self._sampling_row(batch.sequences[row]) for row in batch.sampled_rows]
 
     def _sampling_row(self, sequence: Sequence) -> SamplingRow:
         """The sampler's state of a sequence, brought up to date."""
@@ -256,7 +270,8 @@ class ModelRunner:
                 prompt_ids=sequence.token_ids[: sequence.num_prompt_tokens],
                 eos_ids=self._eos_token_ids,
             )
-        row.extend(sequence.token_ids[row.num_tokens :])
+        if not row.is_plain:  # else all that came before is the same to it
+            row.extend(sequence.token_ids[row.num_tokens :])
         return row
 
     def _score_prompts(self, batch: ScheduledBatch, hidden: Tensor, result: StepResult) -> None:
@@ -275,7 +290,7 @@ class ModelRunner:
                 found: list[TopLogprobs] = []
                 for place in range(0, len(targets), _LOGPROB_ROWS):
                     some = slice(place, place + _LOGPROB_ROWS)
-                    logits = self._head(hidden[first : first + len(targets)][some])
+                    logits = self._network.logits(hidden[first : first + len(targets)][some])
                     logprobs = token_logprobs(logits, targets[some], num_top)
                     found += [TopLogprobs(*values) for values in logprobs.tolist()]
                 result.prompt_logprobs[row] = found
@@ -289,19 +304,3 @@ def _not_finite(draws: list[int]) -> list[int]:
     """The rows that could draw nothing."""
     return [row for row, token_id in enumerate(draws) if token_id == NOT_FINITE]
 
-
-def _count_bytes(value: object, held: dict[int, int]) -> None:
-    """Add the tensors and arrays in a value, by where they lie, with the bytes of each."""
-    if isinstance(value, Tensor):
-        is_packed = value.is_mkldnn  # opaque: it does not tell where it lies
-        held[id(value) if is_packed else value.data_ptr()] = value.numel() * value.itemsize
-    elif isinstance(value, np.ndarray):
-        held[value.ctypes.data] = value.nbytes
-    elif isinstance(value, PackedWeights):
-        _count_bytes(value.weights, held)
-    elif isinstance(value, dict):
-        for part in value.values():
-            _count_bytes(part, held)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            _count_bytes(part, held)

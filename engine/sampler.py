@@ -15,12 +15,12 @@ from torch import Tensor
 
 from engine.draw import Filters, draw, lowest_argmax
 from engine.random_stream import NoiseKeys
-from engine.sampler_cpu import MOST_ALTERNATIVES, score
-from engine.sampler_cpu import choose as choose_on_cpu
+from engine.sampler_cpu import MOST_ALTERNATIVES, Options, choose_with, score
 from engine.sampling_params import SamplingParams
 from engine.sampling_row import Ids, SamplingRow
 
 _LARGEST = torch.finfo(torch.float32).max
+_NO_TOP_K = 2**62
 _COLDEST = 1e-30  # colder is as good as greedy, and division by it leaves float32
 
 
@@ -70,6 +70,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
     padding is ever drawn or counted. Unless some row has logprobs or penalties to be computed,
     nothing is read back to the host on a device other than a CPU.
     """
+    if logits.device.type == "cpu" and all(row.is_plain for row in rows):
+        return SampledTokens(*choose_with(logits, None), {}, None)
     edited = [place for place, row in enumerate(rows) if row.is_edited]
     temperatures = [
         0.0 if row.params.is_greedy else max(row.params.temperature, _COLDEST) for row in rows
@@ -127,10 +129,9 @@ def _choose(
     Where the temperature is 0 it is the best, where the row is not finite it is 0.
     """
     vocab_size, device = logits.shape[1], logits.device
-    on_cpu = device.type == "cpu"
     drawn = [row.params for row, t in zip(rows, temperatures, strict=True) if t > 0]
-    if on_cpu and not drawn:
-        return choose_on_cpu(logits)
+    if device.type == "cpu":
+        return choose_with(logits, _options(rows, temperatures) if drawn else None)
     if drawn:
         temperature = torch.tensor(temperatures, dtype=torch.float64, device=device)
         # The token to be drawn stands where the sequence ends now.
@@ -142,14 +143,27 @@ def _choose(
         keys = NoiseKeys(*torch.tensor(key, device=device).unbind())
         is_filtered = any(_is_filtered(params, vocab_size) for params in drawn)
         filters = _filters([row.params for row in rows], logits) if is_filtered else None
-        if on_cpu:
-            return choose_on_cpu(logits, temperature, keys, filters)
     token_ids, best = lowest_argmax(logits)
     if drawn:
         found = draw(logits, temperature.clamp(min=_COLDEST), keys, filters)
         token_ids = found.where(temperature > 0, token_ids)
     is_finite = best.isfinite()
     return token_ids.masked_fill(~is_finite, 0), is_finite
+
+
+def _options(rows: Sequence[SamplingRow], temperatures: list[float]) -> Options:
+    integers = np.array(
+        [
+            (row.params.seed, row.choice, row.num_tokens, row.params.top_k or _NO_TOP_K)
+            for row in rows
+        ]
+    )
+    shares = np.array([row.shares for row in rows])
+    seed, choice, position, top_k = np.ascontiguousarray(integers.T)
+    top_p, log_min_p, typical_p = np.ascontiguousarray(shares.T)
+    return Options(
+        np.array(temperatures), seed, choice, position, top_k, top_p, log_min_p, typical_p
+    )
 
 
 def _is_filtered(params: SamplingParams, vocab_size: int) -> bool:

@@ -106,6 +106,18 @@ def _rank_at(row: Any, x: Any) -> Any:
 
 
 @_inlined
+def _magnitude(logit: Any) -> Any:
+    """The bits of a logit without its sign: a NaN has more than infinity."""
+    return np.int32(np.float32(logit).view(np.int32) & _MAGNITUDE)
+
+
+@_inlined
+def _is_finite(best: Any, largest: Any) -> Any:
+    """Whether a row's highest rank is a finite logit's, and none of its magnitudes a NaN's."""
+    return largest <= _INFINITE and best < _INFINITE and best > _MINUS_INFINITE
+
+
+@_inlined
 def _find_peaks(logits: Any, first: Any, size: Any, peaks: Any) -> Any:
     """Find the highest rank of each block and of all; `_LEAST` if that is not a finite logit's."""
     best = _LEAST
@@ -116,14 +128,11 @@ def _find_peaks(logits: Any, first: Any, size: Any, peaks: Any) -> Any:
         for at in range(first + start, first + min(start + _BLOCK, size)):
             rank = _rank(logits[at])
             peak = rank if rank > peak else peak
-            # A NaN has more than infinity's bits, with either sign.
-            bits = np.int32(np.float32(logits[at]).view(np.int32) & _MAGNITUDE)
+            bits = _magnitude(logits[at])
             largest = bits if bits > largest else largest
         peaks[block] = peak
         best = peak if peak > best else best
-    if largest > _INFINITE or best >= _INFINITE or best <= _MINUS_INFINITE:
-        best = _LEAST
-    return best
+    return best if _is_finite(best, largest) else _LEAST
 
 
 @_inlined
@@ -136,6 +145,23 @@ def _first_of(logits: Any, first: Any, peaks: Any, rank: Any) -> Any:
     while _rank(logits[first + token]) != rank:
         token += np.uintp(1)
     return token
+
+
+@_compiled
+def first_best(logits: Any, first: Any, size: Any) -> Any:
+    """The lowest id among the best of a row, which begins at `first`, and whether it is finite."""
+    best, largest = _LEAST, np.int32(0)
+    for at in range(first, first + size):
+        rank = _rank(logits[at])
+        best = rank if rank > best else best
+        bits = _magnitude(logits[at])
+        largest = bits if bits > largest else largest
+    token = np.uintp(0)
+    is_finite = _is_finite(best, largest)
+    if is_finite:
+        while _rank(logits[first + token]) != best:
+            token += np.uintp(1)
+    return np.int64(token), is_finite
 
 
 @_compiled
@@ -506,8 +532,24 @@ def _score(
     wait(counts, 0, num_rows)
 
 
+class Options(NamedTuple):
+    """How rows are drawn, each an array (R,), of one type or the kernel is compiled anew."""
+
+    temperature: Array  # float64; 0 takes the first of the best
+    seed: Array  # int64, as are choice, position and top_k
+    choice: Array
+    position: Array
+    top_k: Array  # the vocabulary or more is off
+    top_p: Array  # float64, as are the two below
+    log_min_p: Array
+    typical_p: Array
+
+
 _NO_FLOATS, _NO_INTEGERS = np.empty(0), np.empty(0, np.int64)
-_NO_OPTIONS = (_NO_FLOATS, *[_NO_INTEGERS] * 4, *[_NO_FLOATS] * 3)
+_GREEDY = Options(
+    _NO_FLOATS, _NO_INTEGERS, _NO_INTEGERS, _NO_INTEGERS, _NO_INTEGERS, _NO_FLOATS, _NO_FLOATS,
+    _NO_FLOATS,
+)  # fmt: skip
 
 
 def choose(
@@ -522,13 +564,22 @@ def choose(
     temperature is 0 the first of the best, as everywhere without. A row is finite if its highest
     logit is; the others get token id 0.
     """
+    options = None
+    if temperature is not None and keys is not None:
+        options = Options(
+            _column(temperature), _column(keys.seed), _column(keys.choice), _column(keys.position),
+            *_filter_options(filters, len(logits)),
+        )  # fmt: skip
+    return choose_with(logits, options)
+
+
+def choose_with(logits: Tensor, options: Options | None) -> tuple[Tensor, Tensor]:
+    """`choose` by options that are arrays already: a step has no time for tensors."""
     token_ids = np.empty(len(logits), np.int64)
     is_finite = np.empty(len(logits), np.bool_)
-    options: tuple[Array, ...] = _NO_OPTIONS
-    if temperature is not None and keys is not None:
-        columns = (temperature, keys.seed, keys.choice, keys.position)
-        options = (*map(_column, columns), *_filter_options(filters, len(logits)))
-    _team(len(logits)).run(_choose, counters(1), *_memory(logits), *options, token_ids, is_finite)
+    _team(len(logits)).run(
+        _choose, counters(1), *_memory(logits), *(options or _GREEDY), token_ids, is_finite
+    )
     return torch.from_numpy(token_ids), torch.from_numpy(is_finite)
 
 
@@ -570,6 +621,9 @@ def _column(values: Tensor) -> Array:
 def _memory(logits: Tensor) -> tuple[Array, int, int]:
     """The memory of logits (R, V), the distance of rows in it, and V."""
     num_rows, size = logits.shape
+    if logits.is_contiguous():
+        whole: Array = logits.numpy()
+        return whole.reshape(-1), size, size
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     stride = logits.stride(0)

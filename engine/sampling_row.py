@@ -1,5 +1,6 @@
 """What the sampler must know of one sequence, prepared once and kept up to date; knows no torch."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -27,9 +28,11 @@ class SamplingRow:
         "biases",
         "choice",
         "has_penalties",
+        "is_plain",
         "num_prompt_tokens",
         "num_tokens",
         "params",
+        "shares",
     )
 
     def __init__(
@@ -61,6 +64,16 @@ class SamplingRow:
         self.has_penalties = bool(
             repeats or params.presence_penalty != 0 or params.frequency_penalty != 0
         )
+        # Whether it will never want more than the id of the best logit.
+        self.is_plain = (
+            params.is_greedy
+            and params.logprobs is None
+            and not (self.has_penalties or len(self.bias_ids) > 0 or self.allowed_ids is not None)
+            and not (len(self.banned_ids) > 0 and params.min_tokens > 0)
+        )
+        min_p = params.min_p
+        # top_p, logarithm of min_p, typical_p: as a draw takes them
+        self.shares = (params.top_p, math.log(min_p) if min_p else -math.inf, params.typical_p)
         self._places: dict[int, int] = {}  # in the two arrays, by id
         self._seen_ids = _ids([])
         self._counts = np.zeros(0, dtype=np.float32)

@@ -5,16 +5,16 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.attention_cpu import CPUPagedAttention
-from engine.batch import ModelInput
+from engine.batch import NetworkOutput, Rows, Span
 from engine.config import EngineConfig, LaunchConfig
 from engine.kv_cache import KVCache
-from engine.layers_avx512 import FusedLayers
-from engine.linear import Head, can_fuse
+from engine.layers_avx512 import FusedNetwork
+from engine.linear import can_fuse
 from engine.linear_avx512 import FusedLinear
 from engine.loading import load_engine
 from engine.messages import TopLogprobs
@@ -136,14 +136,14 @@ def test_a_row_has_the_same_bytes_at_every_row_count_of_a_step(
 def test_a_row_of_the_head_has_the_same_bytes_at_every_row_count(
     dtype: torch.dtype, quantizes: bool
 ) -> None:
-    torch.manual_seed(0)
-    head = Head((torch.randn(2048, 256) * 0.02).to(dtype), 2048, quantizes=quantizes)
-    x = torch.randn(BUDGET, 256).to(dtype)
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=256, n_ctx=32, vocab_size=2048)
+    network = fused_network(config, dtype, quantizes=quantizes, vocab_size=2048)
+    x = torch.randn(BUDGET, 256)
 
-    together = head(x)
+    together = network.logits(x).clone()
 
     counts = range(1, BUDGET)
-    assert [n for n in counts if not torch.equal(head(x[-n:]), together[-n:])] == []
+    assert [n for n in counts if not torch.equal(network.logits(x[-n:]), together[-n:])] == []
 
 
 @in_every_precision
@@ -164,74 +164,129 @@ def test_a_row_that_is_not_finite_stays_so_and_alone(
     assert torch.equal(y[others], expected[others])
 
 
-def prompt_of_20() -> ModelInput:
-    positions = torch.arange(20)
-    tables = torch.tensor([[3, 1, 5, 2, 4]], dtype=torch.int32)
-    return ModelInput(
-        tokens=positions % 10, positions=positions,
-        row_sequences=torch.zeros(20, dtype=torch.int64), block_tables=tables,
-        slot_blocks=tables[0, positions // 4].long(), slot_offsets=positions % 4,
+PROMPT = 20
+
+
+def rows_of_a_prompt(first: int = 0, end: int = PROMPT) -> Rows:
+    positions = np.arange(first, end)
+    return Rows(
+        tokens=positions % 10, positions=positions, row_sequences=np.zeros(end - first, np.int64),
+        block_tables=np.array([[3, 1, 5, 2, 4]], np.int32), spans=(Span(0, first, end, PROMPT),),
     )  # fmt: skip
 
 
-def attention(config: GPTConfig, dtype: torch.dtype, batch: ModelInput) -> CPUPagedAttention:
+def fused_network(
+    config: GPTConfig, dtype: torch.dtype, *, quantizes: bool, vocab_size: int = 10
+) -> FusedNetwork:
+    model = tiny_gpt(config).to(dtype).requires_grad_(False)
     cache = KVCache(config, num_blocks=6, block_size=4, dtype=dtype, device="cpu")
-    return CPUPagedAttention(config, cache, batch)
+    return FusedNetwork(model, cache, vocab_size, quantizes=quantizes)
+
+
+def copies(output: NetworkOutput) -> tuple[Tensor, Tensor]:
+    """What a network computed, for longer than until its next call."""
+    return output.hidden.clone(), output.logits.clone()
 
 
 @in_every_precision
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_fused_layers_equal_the_model_s(
+def test_the_fused_network_equals_the_model(
     activation: Activation, bias: bool, dtype: torch.dtype, quantizes: bool
 ) -> None:
     config = GPTConfig(
-        n_layer=3, n_head=2, n_embd=48, n_ctx=32, vocab_size=10, activation=activation, bias=bias
+        n_layer=3, n_head=2, n_embd=48, n_ctx=32, vocab_size=13, activation=activation, bias=bias
     )
-    model = tiny_gpt(config).to(dtype).requires_grad_(False)
-    batch = prompt_of_20()
-    x = model.wte(batch.tokens) + model.wpe(batch.positions)
+    rows = rows_of_a_prompt()
 
-    fused = FusedLayers(copy.deepcopy(model), quantizes=quantizes)
-    y = fused(x, attention(config, dtype, batch))
+    hidden, logits = copies(fused_network(config, dtype, quantizes=quantizes).run(rows))
 
-    model.double()
-    expected, attend = x.double()[None], CausalAttention(config)
-    for block in model.h:
-        expected = block(expected, attend)
+    model = tiny_gpt(config).to(dtype).requires_grad_(False).double()
+    tokens, positions = torch.from_numpy(rows.tokens), torch.from_numpy(rows.positions)
+    norm, model.ln_f = model.ln_f, nn.Identity()  # type: ignore[assignment]
+    expected = model(tokens[None], positions, CausalAttention(config))[0]
     limit = 4e-2 if quantizes else 1e-6 if dtype == torch.float32 else 1e-2
-    assert relative_error(y, expected[0]) < limit
+    assert relative_error(hidden, expected) < limit
+    expected = norm(expected) @ model.wte.weight[:10].T
+    assert logits.shape == (PROMPT, 10)
+    assert relative_error(logits, expected) < limit
+
+
+@in_every_precision
+def test_logits_are_the_same_of_all_rows_of_some_and_of_hidden_states(
+    dtype: torch.dtype, quantizes: bool
+) -> None:
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=48, n_ctx=32, vocab_size=10)
+    network, rows = fused_network(config, dtype, quantizes=quantizes), rows_of_a_prompt()
+    hidden, logits = copies(network.run(rows))
+
+    chosen = np.array([19, 3, 4, 0, 11])
+    found, of_some, *_ = network.run(rows, chosen)
+    assert torch.equal(found, hidden)
+    assert torch.equal(of_some, logits[chosen])
+    assert torch.equal(network.logits(found[6:13]), logits[6:13])
+    assert network.run(rows, chosen[:0]).logits.shape == (0, 10)
+
+
+@in_every_precision
+def test_the_best_tokens_are_the_first_of_the_highest_logits(
+    dtype: torch.dtype, quantizes: bool
+) -> None:
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=48, n_ctx=32, vocab_size=200)
+    model = tiny_gpt(config).to(dtype).requires_grad_(False)
+    model.wte.weight[100:] = model.wte.weight[:100]  # each logit twice
+    model.wpe.weight[7] = math.nan
+    cache = KVCache(config, num_blocks=6, block_size=4, dtype=dtype, device="cpu")
+    network = FusedNetwork(model, cache, 200, quantizes=quantizes)
+
+    output = network.run(rows_of_a_prompt(), np.arange(5, 9), wants_best=True)
+
+    assert output.best is not None
+    assert output.is_finite is not None
+    assert output.is_finite.tolist() == [True, True, False, False]  # later rows see the seventh
+    assert output.best[:2].tolist() == output.logits[:2, :100].argmax(1).tolist()
+    assert output.best[2:].tolist() == [0, 0]
+
+
+@in_every_precision
+def test_a_prompt_in_chunks_gives_the_same_bytes(dtype: torch.dtype, quantizes: bool) -> None:
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=48, n_ctx=32, vocab_size=10)
+    whole = copies(fused_network(config, dtype, quantizes=quantizes).run(rows_of_a_prompt()))
+    network = fused_network(config, dtype, quantizes=quantizes)
+
+    for first, end in ((0, 1), (1, 10), (10, 19), (19, 20)):
+        found = copies(network.run(rows_of_a_prompt(first, end)))
+        for ours, expected in zip(found, whole, strict=True):
+            assert torch.equal(ours, expected[first:end])
 
 
 @in_every_precision
 def test_several_threads_give_what_one_gives(dtype: torch.dtype, quantizes: bool) -> None:
     # Of a width and a head size that no vector, no pair and no four of inputs fits.
     config = GPTConfig(n_layer=3, n_head=3, n_embd=99, n_ctx=32, vocab_size=10)
-    model = tiny_gpt(config).to(dtype).requires_grad_(False)
-    layers, batch = FusedLayers(model, quantizes=quantizes), prompt_of_20()
-    x = model.wte(batch.tokens) + model.wpe(batch.positions)
-    alone = layers(x, attention(config, dtype, batch))
+    network, rows = fused_network(config, dtype, quantizes=quantizes), rows_of_a_prompt()
+    alone = copies(network.run(rows))
     before = torch.get_num_threads()
 
     found = []
     for num_threads in (2, 3) * 20:
         torch.set_num_threads(num_threads)
-        found.append(layers(x, attention(config, dtype, batch)))
+        found.append(copies(network.run(rows)))
     torch.set_num_threads(before)
 
-    assert alone.isfinite().all()
-    assert all(torch.equal(y, alone) for y in found)
+    assert all(values.isfinite().all() for values in alone)
+    assert all(torch.equal(*pair) for values in found for pair in zip(values, alone, strict=True))
 
 
 def test_eight_bits_bear_an_offset_and_loud_channels() -> None:
-    model = gpt_with_outliers(tiny_config(n_ctx=64))
-    x = model.wte.weight[:40].detach().bfloat16()
-    norm = model.ln_f.requires_grad_(False)
-    weight = model.wte.weight.detach().bfloat16()
+    config = tiny_config(n_ctx=64)
+    model = gpt_with_outliers(config).bfloat16().requires_grad_(False)
+    hidden, norm = model.wte.weight[:40].float(), copy.deepcopy(model.ln_f).double()
+    cache = KVCache(config, num_blocks=6, block_size=4, dtype=torch.bfloat16, device="cpu")
 
-    logits = Head(weight, 270, norm=norm, quantizes=True)(x)
+    logits = FusedNetwork(model, cache, 270, quantizes=True).logits(hidden)
 
-    expected = copy.deepcopy(norm).double()(x.double()) @ weight[:270].double().T
+    expected = norm(hidden.double()) @ model.wte.weight[:270].double().T
     assert expected.mean() < -50
     centred = expected - expected.mean(-1, keepdim=True)
     error = logits.double() - logits.double().mean(-1, keepdim=True) - centred
