@@ -1,5 +1,6 @@
 """The report on a GPU, as far as it can be tried without one."""
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -65,7 +66,9 @@ def test_a_part_that_fails_or_takes_too_long_is_told_and_the_others_run(tmp_path
         raise RuntimeError("no such device")
 
     def wait(bench: Workbench, report: Report) -> None:
-        time.sleep(10)
+        with contextlib.suppress(Exception):  # as a peer may
+            time.sleep(10)
+        report.parts.append("Went on.")
 
     def work(bench: Workbench, report: Report) -> None:
         assert "no such device" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
@@ -80,4 +83,5 @@ def test_a_part_that_fails_or_takes_too_long_is_told_and_the_others_run(tmp_path
     )
 
     text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert "Went on." not in text
     assert text.index("no such device") < text.index("Stopped:") < text.index("Done.")
