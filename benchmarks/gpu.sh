@@ -16,9 +16,13 @@ if compgen -G 'wheels/*.whl' > /dev/null; then
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 "$python" -c '
-import importlib.util, sys
-needed = ("torch", "triton", "numpy", "numba", "rich", "msgspec")
-missing = [name for name in needed if importlib.util.find_spec(name) is None]
+import importlib, sys
+missing = []
+for name in ("torch", "triton", "numpy", "numba", "rich", "msgspec"):
+    try:  # a numba, say, that lies there but refuses its numpy is missing too
+        importlib.import_module(name)
+    except Exception as error:
+        missing.append(f"{name} ({error})")
 sys.exit("not importable: " + ", ".join(missing) + "; put wheels into wheels/" if missing else 0)
 ' || exit 1
 unset TRITON_INTERPRET
