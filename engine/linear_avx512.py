@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from torch import Tensor, nn
 
-from engine.cpu_math import KERNEL, Array, same, widen
+from engine.cpu_math import KERNEL, Array
 from engine.cpu_memory import Scratch, borrow, huge_pages
 from engine.cpu_tasks import counters, finish, take, team, wait
 from engine.fused_avx512 import (
@@ -222,11 +222,10 @@ class Phases(NamedTuple):
 
     prepare: Any
     multiply: Any
-    widen: Any  # what embeddings hold to float32
     input_type: Any  # of numpy
 
 
-def _phases(kind: int, input_type: Any, widen: Any) -> Phases:
+def _phases(kind: int, input_type: Any) -> Phases:
     """Build the phases of one kind, whose inputs are of a type."""
     sum_type = np.int32 if kind == INT8 else np.float32
     input_bytes = np.uintp(np.dtype(input_type).itemsize)
@@ -332,7 +331,7 @@ def _phases(kind: int, input_type: Any, widen: Any) -> Phases:
             finish(counts, phase)
         wait(counts, phase, num_groups)
 
-    return Phases(_importable(prepare, kind), _importable(multiply, kind), widen, input_type)
+    return Phases(_importable(prepare, kind), _importable(multiply, kind), input_type)
 
 
 def _importable(function: Any, kind: int) -> Any:
@@ -348,9 +347,9 @@ def _importable(function: Any, kind: int) -> Any:
 
 
 PHASES = {
-    FLOAT32: _phases(FLOAT32, np.float32, same),
-    BFLOAT16: _phases(BFLOAT16, np.uint16, widen),
-    INT8: _phases(INT8, np.uint8, widen),
+    FLOAT32: _phases(FLOAT32, np.float32),
+    BFLOAT16: _phases(BFLOAT16, np.uint16),
+    INT8: _phases(INT8, np.uint8),
 }
 
 
