@@ -482,22 +482,10 @@ class FusedLinear(nn.Module):
         With `quantizes`, the product has weights of 8 bits. `can_fuse` says whether this machine
         has the kernels.
         """
-        kind = kind_of(weight.dtype, quantizes=quantizes)
-        weights = PackedWeights(1, weight.shape[0], weight.shape[1], kind)
-        weights.take(0, weight, bias, norm)
-        self._set(weights, 0, activation)
-
-    @classmethod
-    def of(cls, weights: PackedWeights, *, layer: int) -> "FusedLinear":
-        """The product of one layer of weights packed already."""
-        product = cls.__new__(cls)
-        product._set(weights, layer, None)
-        return product
-
-    def _set(self, weights: PackedWeights, layer: int, activation: Activation | None) -> None:
         super().__init__()
-        self._weights = weights
-        self._layer = layer
+        kind = kind_of(weight.dtype, quantizes=quantizes)
+        self._weights = PackedWeights(1, weight.shape[0], weight.shape[1], kind)
+        self._weights.take(0, weight, bias, norm)
         self._activation = ACTIVATION_NUMBERS[activation]
         self._scratch = Scratch()
 
@@ -510,7 +498,7 @@ class FusedLinear(nn.Module):
             out, becomes = residual.to(torch.float32, copy=True), ADDED
         team(torch.get_num_threads()).run(
             _compile(packed.kind), counters(2), x.float().contiguous().numpy(), packed.epsilon,
-            packed.inputs(len(x), self._scratch, "inputs"), packed.weights, self._layer,
+            packed.inputs(len(x), self._scratch, "inputs"), packed.weights, 0,
             self._activation, becomes, out.numpy(),
         )  # fmt: skip
         return out
