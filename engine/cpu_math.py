@@ -75,16 +75,13 @@ def view(tensor: Tensor) -> Array:
     return array
 
 
-_inlined = numba.extending.register_jitable(inline="always")
-
-
-@_inlined
+@numba.extending.register_jitable(inline="always")
 def widen(bits: Any) -> Any:
     """The float32 that bfloat16's bits stand for."""
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-@_inlined
+@numba.extending.register_jitable(inline="always")
 def same(value: Any) -> Any:
     """A float32 as it is."""
     return value

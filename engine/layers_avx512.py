@@ -22,7 +22,7 @@ from engine.attention_cpu import (
     write_task,
 )
 from engine.batch import NetworkOutput, Rows
-from engine.cpu_math import KERNEL, Array, view
+from engine.cpu_math import KERNEL, Array, same, view, widen
 from engine.cpu_memory import Scratch, borrow, keep, restore
 from engine.cpu_tasks import counters, finish, leave, phase_ends, take, team, wait
 from engine.fused_avx512 import ACTIVATION_NUMBERS, ADDED, FLOAT32, INPUTS, INT8, STORED
@@ -200,7 +200,8 @@ def _find_best(
 @functools.cache
 def _compile(kind: int, kept_name: str) -> Any:
     """Build the kernel for a kind of product; what it works on was kept by that name."""
-    prepare, multiply, widen = PHASES[kind].prepare, PHASES[kind].multiply, PHASES[kind].widen
+    prepare, multiply = PHASES[kind].prepare, PHASES[kind].multiply
+    widened = same if kind == FLOAT32 else widen
     quantizes = kind == INT8
 
     @numba.njit(**KERNEL)
@@ -221,7 +222,7 @@ def _compile(kind: int, kept_name: str) -> Any:
         x, inputs, wide_inputs = space.x, space.inputs, space.wide_inputs
         if len(tokens) > 0:
             _begin(
-                counts, 0, tokens, positions, sequences, model.wte, model.wpe, widen, x,
+                counts, 0, tokens, positions, sequences, model.wte, model.wpe, widened, x,
                 attention.cache_k.shape[3], attention.tables, attention.blocks, attention.offsets,
                 attention.tiles,
             )  # fmt: skip
@@ -337,7 +338,6 @@ class FusedNetwork:
         self._num_threads = 0
         self._counts = counters(0)
         self._num_phases = len(self.phases(num_layers))
-        self._kernel = _compile(kind, self._name)
 
     def run(
         self, rows: Rows, chosen: Array | None = None, *, wants_best: bool = False
@@ -351,9 +351,9 @@ class FusedNetwork:
         # New ones each time: a thread that comes late may still look at the last call's.
         self._counts = counters(self._num_phases)
         team(self._num_threads).run(
-            self._kernel, self._counts, rows.tokens, rows.positions, rows.row_sequences,
-            _NOTHING if chosen is None else chosen, len(self._attention_scales), wants_best,
-            self._kept, self._slots,
+            _compile(self._kind, self._name), self._counts, rows.tokens, rows.positions,
+            rows.row_sequences, _NOTHING if chosen is None else chosen,
+            len(self._attention_scales), wants_best, self._kept, self._slots,
         )  # fmt: skip
         return self._output
 
@@ -364,8 +364,8 @@ class FusedNetwork:
         space = self._space._replace(x=hidden.numpy())
         kept = keep(self._name, (self._model, self._attention, space))
         team(self._num_threads).run(
-            self._kernel, counters(len(self.phases(0))), *[_NOTHING] * 4, 0, False, kept,
-            self._slots,
+            _compile(self._kind, self._name), counters(len(self.phases(0))), *[_NOTHING] * 4, 0,
+            False, kept, self._slots,
         )  # fmt: skip
         return self._output.logits
 

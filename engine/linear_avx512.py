@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from torch import Tensor, nn
 
-from engine.cpu_math import KERNEL, Array, same, widen
+from engine.cpu_math import KERNEL, Array
 from engine.cpu_memory import Scratch, borrow, huge_pages
 from engine.cpu_tasks import counters, finish, take, team, wait
 from engine.fused_avx512 import (
@@ -222,11 +222,10 @@ class Phases(NamedTuple):
 
     prepare: Any
     multiply: Any
-    widen: Any  # what embeddings hold to float32
     input_type: Any  # of numpy
 
 
-def _phases(kind: int, input_type: Any, widen: Any) -> Phases:
+def _phases(kind: int, input_type: Any) -> Phases:
     """Build the phases of one kind, whose inputs are of a type."""
     sum_type = np.int32 if kind == INT8 else np.float32
     input_bytes = np.uintp(np.dtype(input_type).itemsize)
@@ -332,7 +331,7 @@ def _phases(kind: int, input_type: Any, widen: Any) -> Phases:
             finish(counts, phase)
         wait(counts, phase, num_groups)
 
-    return Phases(_importable(prepare, kind), _importable(multiply, kind), widen, input_type)
+    return Phases(_importable(prepare, kind), _importable(multiply, kind), input_type)
 
 
 def _importable(function: Any, kind: int) -> Any:
@@ -348,9 +347,9 @@ def _importable(function: Any, kind: int) -> Any:
 
 
 PHASES = {
-    FLOAT32: _phases(FLOAT32, np.float32, same),
-    BFLOAT16: _phases(BFLOAT16, np.uint16, widen),
-    INT8: _phases(INT8, np.uint8, widen),
+    FLOAT32: _phases(FLOAT32, np.float32),
+    BFLOAT16: _phases(BFLOAT16, np.uint16),
+    INT8: _phases(INT8, np.uint8),
 }
 
 
@@ -483,22 +482,10 @@ class FusedLinear(nn.Module):
         With `quantizes`, the product has weights of 8 bits. `can_fuse` says whether this machine
         has the kernels.
         """
-        kind = kind_of(weight.dtype, quantizes=quantizes)
-        weights = PackedWeights(1, weight.shape[0], weight.shape[1], kind)
-        weights.take(0, weight, bias, norm)
-        self._set(weights, 0, activation)
-
-    @classmethod
-    def of(cls, weights: PackedWeights, *, layer: int) -> "FusedLinear":
-        """The product of one layer of weights packed already."""
-        product = cls.__new__(cls)
-        product._set(weights, layer, None)
-        return product
-
-    def _set(self, weights: PackedWeights, layer: int, activation: Activation | None) -> None:
         super().__init__()
-        self._weights = weights
-        self._layer = layer
+        kind = kind_of(weight.dtype, quantizes=quantizes)
+        self._weights = PackedWeights(1, weight.shape[0], weight.shape[1], kind)
+        self._weights.take(0, weight, bias, norm)
         self._activation = ACTIVATION_NUMBERS[activation]
         self._scratch = Scratch()
 
@@ -511,7 +498,7 @@ class FusedLinear(nn.Module):
             out, becomes = residual.to(torch.float32, copy=True), ADDED
         team(torch.get_num_threads()).run(
             _compile(packed.kind), counters(2), x.float().contiguous().numpy(), packed.epsilon,
-            packed.inputs(len(x), self._scratch, "inputs"), packed.weights, self._layer,
+            packed.inputs(len(x), self._scratch, "inputs"), packed.weights, 0,
             self._activation, becomes, out.numpy(),
         )  # fmt: skip
         return out

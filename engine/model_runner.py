@@ -110,7 +110,6 @@ class ModelRunner:
         self._network: Network = network
         self._cache = cache
         self._builder = builder
-        self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._n_ctx, self._vocab_size = model.config.n_ctx, vocab_size
         self._on_cuda = on_cuda
@@ -303,4 +302,3 @@ class ModelRunner:
 def _not_finite(draws: list[int]) -> list[int]:
     """The rows that could draw nothing."""
     return [row for row, token_id in enumerate(draws) if token_id == NOT_FINITE]
-

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from engine.draw import Filters, draw, lowest_argmax
 from engine.random_stream import NoiseKeys
-from engine.sampler_cpu import MOST_ALTERNATIVES, Options, choose_with, score
+from engine.sampler_cpu import MOST_ALTERNATIVES, Options, score
+from engine.sampler_cpu import choose as choose_on_cpu
 from engine.sampling_params import SamplingParams
 from engine.sampling_row import Ids, SamplingRow
 
@@ -71,7 +72,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
     nothing is read back to the host on a device other than a CPU.
     """
     if logits.device.type == "cpu" and all(row.is_plain for row in rows):
-        return SampledTokens(*choose_with(logits, None), {}, None)
+        return SampledTokens(*choose_on_cpu(logits), {}, None)
     edited = [place for place, row in enumerate(rows) if row.is_edited]
     temperatures = [
         0.0 if row.params.is_greedy else max(row.params.temperature, _COLDEST) for row in rows
@@ -131,7 +132,7 @@ def _choose(
     vocab_size, device = logits.shape[1], logits.device
     drawn = [row.params for row, t in zip(rows, temperatures, strict=True) if t > 0]
     if device.type == "cpu":
-        return choose_with(logits, _options(rows, temperatures) if drawn else None)
+        return choose_on_cpu(logits, _options(rows, temperatures) if drawn else None)
     if drawn:
         temperature = torch.tensor(temperatures, dtype=torch.float64, device=device)
         # The token to be drawn stands where the sequence ends now.

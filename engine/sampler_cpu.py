@@ -27,8 +27,8 @@ from torch import Tensor
 
 from engine.cpu_math import Array
 from engine.cpu_tasks import Team, counters, finish, take, team, wait
-from engine.draw import LOG2_E, MASSLESS, POWERS_OF_TWO, UNIT_BITS, WEIGHTLESS, Filters
-from engine.random_stream import LOUD, MAX_NOISE, MIN_NOISE, MULTIPLIERS, WEYL, NoiseKeys, gumbel
+from engine.draw import LOG2_E, MASSLESS, POWERS_OF_TWO, UNIT_BITS, WEIGHTLESS
+from engine.random_stream import LOUD, MAX_NOISE, MIN_NOISE, MULTIPLIERS, WEYL, gumbel
 
 MOST_ALTERNATIVES = 64  # that `score` finds: it keeps them in order one by one
 
@@ -552,29 +552,13 @@ _GREEDY = Options(
 )  # fmt: skip
 
 
-def choose(
-    logits: Tensor,
-    temperature: Tensor | None = None,
-    keys: NoiseKeys | None = None,
-    filters: Filters | None = None,
-) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, options: Options | None = None) -> tuple[Tensor, Tensor]:
     """Choose a token id (R,) for each row of logits (R, V) float32; tell which rows are finite.
 
-    With temperatures (R,) float64 and keys, the same tokens as `engine.draw.draw`, but where a
-    temperature is 0 the first of the best, as everywhere without. A row is finite if its highest
-    logit is; the others get token id 0.
+    With options, the same tokens as `engine.draw.draw`, but where a temperature is 0 the first of
+    the best, as everywhere without. A row is finite if its highest logit is; the others get token
+    id 0. The options are arrays and not tensors, for which a step has no time.
     """
-    options = None
-    if temperature is not None and keys is not None:
-        options = Options(
-            _column(temperature), _column(keys.seed), _column(keys.choice), _column(keys.position),
-            *_filter_options(filters, len(logits)),
-        )  # fmt: skip
-    return choose_with(logits, options)
-
-
-def choose_with(logits: Tensor, options: Options | None) -> tuple[Tensor, Tensor]:
-    """`choose` by options that are arrays already: a step has no time for tensors."""
     token_ids = np.empty(len(logits), np.int64)
     is_finite = np.empty(len(logits), np.bool_)
     _team(len(logits)).run(
@@ -602,20 +586,6 @@ def score(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tens
 def _team(num_rows: int) -> Team:
     """A row alone is not worth the other threads' waking."""
     return team(torch.get_num_threads() if num_rows > 1 else 1)
-
-
-def _filter_options(filters: Filters | None, num_rows: int) -> tuple[Array, Array, Array, Array]:
-    if filters is None:
-        one = np.ones(num_rows)
-        return np.full(num_rows, 2**62), one, np.full(num_rows, -np.inf), one
-    columns = (filters.top_k, filters.top_p, filters.min_p.log(), filters.typical_p)
-    top_k, top_p, log_min_p, typical_p = map(_column, columns)
-    return top_k, top_p, log_min_p, typical_p
-
-
-def _column(values: Tensor) -> Array:
-    array: Array = values.contiguous().numpy()  # of one type, or the kernel is compiled anew
-    return array
 
 
 def _memory(logits: Tensor) -> tuple[Array, int, int]:

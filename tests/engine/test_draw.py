@@ -22,7 +22,8 @@ from engine.draw import (
     sum_of,
 )
 from engine.random_stream import NoiseKeys
-from engine.sampler_cpu import choose, score
+from engine.sampler_cpu import Options, score
+from engine.sampler_cpu import choose as choose_by_kernel
 from engine.sampling_params import SamplingParams
 from tests.engine.plain_sampler import filter_tokens
 
@@ -44,6 +45,24 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
 def make_logits(shape: str, num_rows: int, vocab_size: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return SHAPES[shape](torch.randn(num_rows, vocab_size, generator=generator))
+
+
+def choose(
+    logits: Tensor,
+    temperature: Tensor | None = None,
+    keys: NoiseKeys | None = None,
+    filters: Filters | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The kernel, asked as `draw` is."""
+    if temperature is None or keys is None:
+        return choose_by_kernel(logits)
+    if filters is None:
+        filters = make_filters(len(logits), logits.shape[1])
+    columns = (
+        temperature, keys.seed, keys.choice, keys.position, filters.top_k, filters.top_p,
+        filters.min_p.log(), filters.typical_p,
+    )  # fmt: skip
+    return choose_by_kernel(logits, Options(*(column.contiguous().numpy() for column in columns)))
 
 
 def make_keys(num_rows: int, seed: int) -> NoiseKeys:
