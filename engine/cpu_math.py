@@ -5,7 +5,9 @@ over, numba's cache on disk never finds the kernel again.
 """
 
 import hashlib
+import importlib
 import logging
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,20 @@ Array = NDArray[Any]
 
 # What compiled kernels are made of.
 _SOURCES = ("*cpu*.py", "*avx512*.py", "vectors.py", "draw.py", "random_stream.py")
+
+
+def _do_without_blas() -> None:
+    """Import the part of numba that looks for a BLAS, and let it find none.
+
+    It would import scipy.linalg, where that is installed: a third of a second and 40 MB of every
+    start, for products that no kernel of ours leaves to others.
+    """
+    sys.modules.setdefault("scipy.linalg", None)  # type: ignore[arg-type]
+    try:
+        importlib.import_module("numba.np.arraymath")
+    finally:
+        if sys.modules["scipy.linalg"] is None:
+            del sys.modules["scipy.linalg"]
 
 
 def _keep_kernels_by_source() -> "tempfile.TemporaryDirectory[str] | None":
@@ -53,6 +69,7 @@ def _keep_kernels_by_source() -> "tempfile.TemporaryDirectory[str] | None":
     return passing
 
 
+_do_without_blas()
 _passing_folder = _keep_kernels_by_source()
 
 # What kernels may do to sums and products. Sums are reordered for vector registers, the same way
