@@ -34,12 +34,15 @@ def _do_without_blas() -> None:
     It would import scipy.linalg, where that is installed: a third of a second and 40 MB of every
     start, for products that no kernel of ours leaves to others.
     """
-    sys.modules.setdefault("scipy.linalg", None)  # type: ignore[arg-type]
+    name = "scipy.linalg"
+    is_absent = name not in sys.modules
+    if is_absent:
+        sys.modules[name] = None  # type: ignore[assignment]
     try:
         importlib.import_module("numba.np.arraymath")
     finally:
-        if sys.modules["scipy.linalg"] is None:
-            del sys.modules["scipy.linalg"]
+        if is_absent:
+            del sys.modules[name]
 
 
 def _keep_kernels_by_source() -> "tempfile.TemporaryDirectory[str] | None":
