@@ -5,7 +5,9 @@ over, numba's cache on disk never finds the kernel again.
 """
 
 import hashlib
+import importlib
 import logging
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,23 @@ Array = NDArray[Any]
 
 # What compiled kernels are made of.
 _SOURCES = ("*cpu*.py", "*avx512*.py", "vectors.py", "draw.py", "random_stream.py")
+
+
+def _do_without_blas() -> None:
+    """Import the part of numba that looks for a BLAS, and let it find none.
+
+    It would import scipy.linalg, where that is installed: a third of a second and 40 MB of every
+    start, for products that no kernel of ours leaves to others.
+    """
+    name = "scipy.linalg"
+    is_absent = name not in sys.modules
+    if is_absent:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        importlib.import_module("numba.np.arraymath")
+    finally:
+        if is_absent:
+            del sys.modules[name]
 
 
 def _keep_kernels_by_source() -> "tempfile.TemporaryDirectory[str] | None":
@@ -53,6 +72,7 @@ def _keep_kernels_by_source() -> "tempfile.TemporaryDirectory[str] | None":
     return passing
 
 
+_do_without_blas()
 _passing_folder = _keep_kernels_by_source()
 
 # What kernels may do to sums and products. Sums are reordered for vector registers, the same way

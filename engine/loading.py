@@ -133,9 +133,11 @@ def load_engine(
 def _load_kernels(config: GPTConfig, precision: Precision, kv_cache_dtype: torch.dtype) -> None:
     """Compile what a step on a CPU runs, or load it from the disk, by a step of a small model.
 
-    One of a single layer and few ids, with the shapes that kernels are compiled for.
+    One of a single layer and head and few ids: kernels are compiled for types, not for sizes.
     """
-    small = dataclasses.replace(config, n_layer=1, n_ctx=16, vocab_size=64)
+    small = dataclasses.replace(
+        config, n_layer=1, n_head=1, n_embd=config.head_size, n_ctx=16, vocab_size=64
+    )
     with torch.device("meta"):
         model = GPT(small)
     for name, parameter in list(model.named_parameters()):

@@ -83,6 +83,18 @@ def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
     assert start() == first
 
 
+def test_a_worker_imports_nothing_large_that_it_does_not_use() -> None:
+    program = "import sys, engine.worker; print(sorted(sys.modules))"
+
+    modules = subprocess.run(
+        [sys.executable, "-c", program], check=True, cwd=ROOT, capture_output=True, text=True
+    ).stdout
+
+    assert "'numba.np.arraymath'" in modules  # which would import scipy, where there is one
+    for name in ("scipy.linalg", "sympy", "torch._dynamo", "numba.cuda", "transformers"):
+        assert f"'{name}'" not in modules
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
