@@ -13,41 +13,28 @@ import torch
 from torch import Tensor
 
 from engine.batch import ModelInput
+from engine.cpu_ir import LANES, LINE
 from engine.cpu_math import KERNEL, Array, view
 from engine.cpu_tasks import counters, finish, take, team, wait
 from engine.kv_cache import KVCache
-from engine.vectors import (
-    LANES,
-    PANEL,
-    ROWS,
-    address,
-    ask,
-    fetch,
-    gather_columns,
-    keep,
-    mix,
-    prefetch,
-    put,
-    score,
-    soften,
-)
+from engine.vectors import ROWS, address, ask, fetch, keep, mix, put, score, soften
 from model.config import GPTConfig
 
-_AHEAD = 3 * LANES  # keys asked for before their turn: memory takes longer than a group of 16
-_LINE = 64  # bytes that a processor fetches together, and what vectors of 16 float32 are aligned to
+_PARTS_A_THREAD = 4  # of lone rows: enough for threads to share them out evenly
 
 _jitable = numba.extending.register_jitable
 
 
-class Tiles:
-    """A step's rows as attention takes them: up to 8 neighbours of one sequence at a time.
+class Tasks:
+    """A step's attention in pieces: up to 8 neighbouring rows of a sequence, and some of the heads.
 
-    `table` (T, 4) int64 is first row, number of rows, position of the first and row of the block
-    tables; the longest come first. A task is a tile and a head, task = head * T + tile, so that
-    those of one sequence follow each other and find its keys still at hand.
+    `table` (T, 6) int64 is first row, number of rows, position of the first, row of the block
+    tables, first head, and the head behind the last. Tiles of several rows take a head a task, and
+    the tiles of one sequence follow each other and find its keys still at hand. A lone row takes
+    many heads at once: those of a block lie behind each other, so memory is read in long runs.
     """
 
-    def __init__(self, batch: ModelInput) -> None:
+    def __init__(self, batch: ModelInput, *, num_heads: int, num_threads: int) -> None:
         positions, sequences = batch.positions.numpy(), batch.row_sequences.numpy()
         num_rows = len(positions)
         ends = np.ones(num_rows, np.bool_)  # whether the row is the last of a run
@@ -62,27 +49,39 @@ class Tiles:
             first = np.repeat(starts - ROWS * before, tiles_each)
             first += ROWS * np.arange(len(first))
             counts = np.minimum(np.repeat(last + 1, tiles_each) - first, ROWS)
-        order = np.argsort(-positions[first], kind="stable")
+        order = np.argsort(-positions[first], kind="stable")  # the longest first
         first, counts = first[order], counts[order]
-        self.table = np.stack((first, counts, positions[first], sequences[first]), 1)
+        tiles = np.stack((first, counts, positions[first], sequences[first]), 1)
+        lone, several = tiles[counts == 1], tiles[counts > 1]
+        heads = np.arange(num_heads)
+        found = [_with_heads(several, heads, heads + 1, by_head=True)]
+        if len(lone):
+            num_parts = min(num_heads, -(-_PARTS_A_THREAD * num_threads // len(lone)))
+            bounds = np.arange(num_parts + 1) * num_heads // num_parts
+            found.append(_with_heads(lone, bounds[:-1], bounds[1:], by_head=False))
+        self.table = np.concatenate(found)
         self.length = int(positions.max()) + 1  # of the longest sequence, up to its last row
 
 
-class ThreadRoom:
-    """What threads write while they work on a task: room of each one's own.
+def _with_heads(tiles: Array, begin: Array, end: Array, *, by_head: bool) -> Array:
+    """Each tile with each range of heads, in the order of the ranges or else of the tiles."""
+    shape = (len(begin), len(tiles)) if by_head else (len(tiles), len(begin))
+    part, tile = (index.ravel() for index in np.indices(shape)[:: 1 if by_head else -1])
+    return np.column_stack((tiles[tile], begin[part], end[part]))
 
-    `values` (threads, size) float32, each thread's on lines of its own: scaled queries (D, 8), the
-    columns of four groups of keys, mixtures (8, D rounded up to 16), and scores behind them.
-    `keys` (threads, length) int64: the rows of the cache that hold a tile's keys.
+
+def thread_room(config: GPTConfig, *, num_threads: int, length: int) -> Array:
+    """What threads write while they work on a task (threads, size) float32, on lines of their own.
+
+    For each head of a task: scaled queries and mixtures of its rows, each (rows, D rounded up
+    to 16), a factor for each row, and scores.
     """
-
-    def __init__(self, config: GPTConfig, *, num_threads: int, length: int) -> None:
-        length = -(-length // (PANEL * LANES)) * PANEL * LANES + PANEL * LANES
-        size = _places(config.head_size)[3] + ROWS * length
-        space = np.empty(num_threads * size + _LINE, np.float32)
-        skipped = -space.ctypes.data % _LINE // space.itemsize
-        self.values = space[skipped : skipped + num_threads * size].reshape(num_threads, size)
-        self.keys = np.empty((num_threads, length), np.int64)
+    rows = max(ROWS, config.n_head)  # of all heads of a task
+    stride = -(-config.head_size // LANES) * LANES
+    size = rows * (2 * stride + _room_for_scores(length)) + config.n_head * LANES
+    space = np.empty(num_threads * size + LINE, np.float32)
+    skipped = -space.ctypes.data % LINE // space.itemsize
+    return space[skipped : skipped + num_threads * size].reshape(num_threads, size)
 
 
 class CPUPagedAttention:
@@ -98,10 +97,10 @@ class CPUPagedAttention:
         self.tables = batch.block_tables.numpy()
         self.blocks = batch.slot_blocks.numpy()
         self.offsets = batch.slot_offsets.numpy()
-        tiles = Tiles(batch)
-        self.tiles = tiles.table
         num_threads = torch.get_num_threads()
-        self.room = ThreadRoom(config, num_threads=num_threads, length=tiles.length)
+        tasks = Tasks(batch, num_heads=config.n_head, num_threads=num_threads)
+        self.tasks = tasks.table
+        self.room = thread_room(config, num_threads=num_threads, length=tasks.length)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend in layer `layer`: q, k, v (N, H, D) -> (N, H, D)."""
@@ -109,20 +108,16 @@ class CPUPagedAttention:
         team(torch.get_num_threads()).run(
             _attend, counters(2), view(torch.stack((q, k, v), 1).view(len(q), -1)), layer,
             np.float32(self._config.attention_scale(layer)), view(self.cache.k), view(self.cache.v),
-            self.blocks, self.offsets, self.tables, self.tiles, self.room.values,
-            self.room.keys, view(out.view(len(q), -1)),
+            self.blocks, self.offsets, self.tables, self.tasks, self.room,
+            view(out.view(len(q), -1)),
         )  # fmt: skip
         return out
 
 
 @_jitable
-def _places(size: Any) -> Any:
-    """Where in a thread's values columns, mixtures and scores begin, and what is between two."""
-    channels = -(-size // 64) * 64  # of one group's columns
-    mixtures = -(-size // LANES) * LANES  # of one row
-    columns = ROWS * mixtures
-    begin = columns + PANEL * LANES * channels
-    return columns, channels, begin, begin + ROWS * mixtures, mixtures
+def _room_for_scores(length: Any) -> Any:
+    """Of one row and head: whole vectors, and some more, because they are not stored on lines."""
+    return (-(-length // LANES) + 2) * LANES
 
 
 @_jitable
@@ -158,99 +153,88 @@ def expect_write(row: Any, layer: Any, cache_k: Array, cache_v: Array, blocks: A
 
 
 @_jitable
-def expect_attend(task: Any, layer: Any, cache_k: Array, tables: Array, tiles: Array) -> None:
-    """Ask for the first keys of a task, if there is one of that number."""
-    num_tiles, block_size = len(tiles), cache_k.shape[3]
-    head = task // num_tiles
-    if head < cache_k.shape[2]:
-        block = tables[tiles[task - head * num_tiles, 3], 0]
-        row = (layer * cache_k.shape[1] + block) * cache_k.shape[2] + head
-        fetch(cache_k, row * block_size, min(block_size, 2 * LANES), False)
-
-
-@_jitable
 def attend_task(
     task: Any, thread: Any, layer: Any, scale: Any, qkv: Array, cache_k: Array, cache_v: Array,
-    tables: Array, tiles: Array, values: Array, keys: Array, out: Array,
+    tables: Array, tasks: Array, room: Array, out: Array,
 ) -> None:  # fmt: skip
-    """Attend with the rows of one tile and one head, of qkv (N, 3 C), into out (N, C).
+    """Attend with the rows and heads of one of `tasks`, of qkv (N, 3 C), into out (N, C).
 
-    Tasks are 0 to `len(tiles)` times the heads. `thread` says which of the scratch's `values` and
-    `keys` are the caller's alone. qkv and out are each float32 or bfloat16's bits.
+    `thread` says which of the `room`'s rows is the caller's alone. qkv and out are each float32 or
+    bfloat16's bits.
     """
-    # Indices are unsigned: one that might be negative keeps a loop from being vectorised, and a
-    # slice counts its references, which threads would wait for.
-    num_tiles = np.uintp(len(tiles))
-    head = np.uintp(task) // num_tiles
-    tile = np.uintp(task) - head * num_tiles
-    first_row, num_rows = np.uintp(tiles[tile, 0]), np.uintp(tiles[tile, 1])
-    first_length = np.uintp(tiles[tile, 2] + 1)  # keys that the first row sees
-    length = first_length + num_rows - np.uintp(1)
-    head_size = qkv.shape[1] // 3 // cache_k.shape[2]
-    thread, size = np.uintp(thread), np.uintp(head_size)
-    columns, channels, mixtures, scores, stride = _places(head_size)
+    first_row, num_rows, table = tasks[task, 0], tasks[task, 1], tasks[task, 3]
+    first_length = tasks[task, 2] + 1  # keys that the first row sees
+    length = first_length + num_rows - 1
+    first_head = tasks[task, 4]
+    num_heads = tasks[task, 5] - first_head
+    size = qkv.shape[1] // 3 // cache_k.shape[2]
+    block_size = cache_k.shape[3]
+    num_blocks = (length + block_size - 1) // block_size
+    width = 1 if num_rows == 1 else ROWS
+    stride = -(-size // LANES) * LANES
+    queries, mixtures = 0, num_heads * width * stride
+    factors = 2 * mixtures
+    scores = factors + num_heads * LANES
+    scores_each = _room_for_scores(length) * width
 
-    _list_keys(layer, head, tables, np.uintp(tiles[tile, 3]), length, cache_k, thread, keys)
-    ask(qkv, first_row, num_rows, head * size, size, scale, address(values, thread, 0))
-
-    keys_at = address(keys, thread, 0)
-    num_groups = (np.intp(length) + LANES - 1) // LANES
-    for panel in range(0, num_groups, PANEL):
-        count: Any = min(PANEL, num_groups - panel)
-        for index in range(count):
-            first = (panel + index) * LANES
-            if num_rows == 1:
-                # The blocks of a sequence lie anywhere, where no processor looks ahead.
-                prefetch(cache_k, keys_at, min(first + _AHEAD, (num_groups - 1) * LANES))
-                prefetch(cache_v, keys_at, first)
-            out_at = address(values, thread, columns + index * channels * LANES)
-            gather_columns(cache_k, keys_at, first, out_at)
-        score(
-            num_rows, address(values, thread, 0), address(values, thread, columns),
-            channels * LANES * 4, size, count,
-            address(values, thread, scores + panel * LANES * ROWS),
-        )  # fmt: skip
-    totals = np.uintp(0)  # the queries have done their duty
-    for r in range(num_rows):
-        at = address(values, thread, scores + np.intp(r) * LANES)
-        values[thread, totals + r] = np.float32(1) / soften(at, first_length + r)
-    mix(
-        num_rows, cache_v, keys_at, address(values, thread, scores), first_length,
-        address(values, thread, mixtures), stride * 4,
-    )  # fmt: skip
-    for r in range(num_rows):
-        at = address(values, thread, mixtures + np.intp(r) * stride)
-        put(out, first_row + r, head * size, at, values[thread, totals + r], size)
+    for head in range(num_heads):
+        for row in range(num_rows):
+            at = address(room, thread, queries + (head * width + row) * stride)
+            ask(qkv, first_row + row, (first_head + head) * size, size, scale, at)
+    for index in range(num_blocks):
+        begin = _first_key(layer, tables[table, index], first_head, cache_k)
+        if index + 1 < num_blocks:
+            after = _first_key(layer, tables[table, index + 1], first_head, cache_k)
+        count = min(block_size, length - index * block_size)
+        for head in range(num_heads):
+            if num_rows == 1 and index + 1 < num_blocks:
+                fetch(cache_k, after + head * block_size, block_size, False)
+            at = scores + head * scores_each + index * block_size * width
+            score(
+                num_rows, cache_k, begin + head * block_size, count,
+                address(room, thread, queries + head * width * stride), stride * 4, size,
+                address(room, thread, at),
+            )  # fmt: skip
+    for head in range(num_heads):
+        at = address(room, thread, scores + head * scores_each)
+        soften(num_rows, at, first_length, address(room, thread, factors + head * LANES))
+    for place in range(mixtures, factors):
+        room[thread, place] = np.float32(0)
+    for index in range(num_blocks):
+        begin = _first_key(layer, tables[table, index], first_head, cache_v)
+        if index + 1 < num_blocks:
+            after = _first_key(layer, tables[table, index + 1], first_head, cache_v)
+        count = min(block_size, length - index * block_size)
+        for head in range(num_heads):
+            if num_rows == 1 and index + 1 < num_blocks:
+                fetch(cache_v, after + head * block_size, block_size, False)
+            at = scores + head * scores_each + index * block_size * width
+            mix(
+                num_rows, cache_v, begin + head * block_size, count, address(room, thread, at),
+                first_length - index * block_size,
+                address(room, thread, mixtures + head * width * stride), stride * 4,
+            )  # fmt: skip
+    for head in range(num_heads):
+        for row in range(num_rows):
+            at = address(room, thread, mixtures + (head * width + row) * stride)
+            factor = room[thread, factors + head * LANES + row]
+            put(out, first_row + row, (first_head + head) * size, at, factor, size)
 
 
 @_jitable
-def _list_keys(
-    layer: Any, head: Any, tables: Array, table_row: Any, length: Any, cache: Array, thread: Any,
-    keys: Array,
-) -> None:  # fmt: skip
-    """List the cache's rows with a sequence's keys for one head, by position."""
-    num_blocks, num_heads = np.uintp(cache.shape[1]), np.uintp(cache.shape[2])
-    block_size = np.uintp(cache.shape[3])
-    first = np.uintp(0)
-    for at in range((length + block_size - np.uintp(1)) // block_size):
-        block = np.uintp(layer) * num_blocks + np.uintp(tables[table_row, at])
-        row = (block * num_heads + head) * block_size
-        for place in range(min(block_size, length - first)):
-            keys[thread, first + place] = np.intp(row + place)
-        first += block_size
-    # Groups are of 16 keys and tiles of 8 rows, so some more are read, and do not count.
-    last = keys[thread, length - np.uintp(1)]
-    for place in range(length, length + np.uintp(LANES + ROWS)):
-        keys[thread, place] = last
+def _first_key(layer: Any, block: Any, head: Any, cache: Array) -> Any:
+    """The number of a block's first row for one head, in the whole cache."""
+    block = np.intp(layer) * cache.shape[1] + np.intp(block)
+    return (block * cache.shape[2] + head) * cache.shape[3]
 
 
 @numba.njit(**KERNEL)
 def _attend(
     thread: Any, num_threads: Any, counts: Array, qkv: Array, layer: Any, scale: Any,
-    cache_k: Array, cache_v: Array, blocks: Array, offsets: Array, tables: Array, tiles: Array,
-    values: Array, keys: Array, out: Array,
+    cache_k: Array, cache_v: Array, blocks: Array, offsets: Array, tables: Array, tasks: Array,
+    room: Array, out: Array,
 ) -> None:  # fmt: skip
-    num_rows, num_tasks = len(qkv), len(tiles) * cache_k.shape[2]
+    num_rows, num_tasks = len(qkv), len(tasks)
     while True:
         row = take(counts, 0)
         if row >= num_rows:
@@ -263,7 +247,7 @@ def _attend(
         if task >= num_tasks:
             break
         attend_task(
-            task, thread, layer, scale, qkv, cache_k, cache_v, tables, tiles, values, keys, out
+            task, thread, layer, scale, qkv, cache_k, cache_v, tables, tasks, room, out
         )  # fmt: skip
         finish(counts, 1)
     wait(counts, 1, num_tasks)

@@ -9,8 +9,8 @@ from torch import Tensor
 from model.config import GPTConfig
 from weights.ledger import SCALE_BYTES
 
-# Kernels on a CPU read whole vectors, and so past the end of the last row.
-_SLACK_BYTES = 64
+# Kernels on a CPU read whole vectors of 16 rows, and so past the end of the last one.
+_SLACK_ROWS = 16
 
 LARGEST_FLOAT8 = 448.0  # of float8_e4m3fn, which has no infinity
 
@@ -82,6 +82,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     count = math.prod(shape)
-    pages = mmap.mmap(-1, count * dtype.itemsize + _SLACK_BYTES, flags=mmap.MAP_PRIVATE)
     num_bytes = count * dtype.itemsize
+    slack = _SLACK_ROWS * (shape[-1] * dtype.itemsize + 64)
+    pages = mmap.mmap(-1, num_bytes + slack, flags=mmap.MAP_PRIVATE)
     return torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes).view(dtype).view(shape)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from engine.attention_cpu import (
     CPUPagedAttention,
     attend_task,
-    expect_attend,
     expect_write,
     write_task,
 )
@@ -45,7 +44,6 @@ PHASES_A_LAYER = (
     "c_fc", "quantisation", "MLP's c_proj",
 )  # fmt: skip
 _ROWS_A_TASK = 4  # of those whose keys and values are stored
-_TASKS_A_THREAD = 8  # of attention: enough of them to share out evenly
 _FEW_ROWS = 64  # whose places in the KV cache the caches hold beside the weights
 
 _jitable = numba.extending.register_jitable
@@ -60,9 +58,8 @@ class Attention(NamedTuple):
     blocks: Array
     offsets: Array
     tables: Array
-    tiles: Array
-    values: Array
-    keys: Array
+    tasks: Array
+    room: Array
 
 
 @_jitable
@@ -70,7 +67,7 @@ def _borrow_attention(attention: Any) -> Any:
     return Attention(
         borrow(attention.scales), borrow(attention.cache_k), borrow(attention.cache_v),
         borrow(attention.blocks), borrow(attention.offsets), borrow(attention.tables),
-        borrow(attention.tiles), borrow(attention.values), borrow(attention.keys),
+        borrow(attention.tasks), borrow(attention.room),
     )  # fmt: skip
 
 
@@ -94,25 +91,19 @@ def _write(counts: Any, phase: Any, layer: Any, qkv: Any, attention: Any) -> Non
 
 @_jitable
 def _attend(
-    counts: Any, phase: Any, thread: Any, num_threads: Any, layer: Any, qkv: Any, attention: Any,
+    counts: Any, phase: Any, thread: Any, layer: Any, qkv: Any, attention: Any,
     out: Any,
 ) -> None:  # fmt: skip
     """Attend with all rows and heads."""
-    num_pairs = len(attention.tiles) * attention.cache_k.shape[2]
-    # Many pairs a task, one after the other: what is asked for ahead is this thread's own next.
-    pairs_a_task = max(1, num_pairs // (_TASKS_A_THREAD * num_threads))
-    num_tasks = (num_pairs + pairs_a_task - 1) // pairs_a_task
+    num_tasks = len(attention.tasks)
     while True:
         task = take(counts, phase)
         if task >= num_tasks:
             break
-        for pair in range(task * pairs_a_task, min((task + 1) * pairs_a_task, num_pairs)):
-            expect_attend(pair + 1, layer, attention.cache_k, attention.tables, attention.tiles)
-            attend_task(
-                pair, thread, layer, attention.scales[layer], qkv, attention.cache_k,
-                attention.cache_v, attention.tables, attention.tiles, attention.values,
-                attention.keys, out,
-            )  # fmt: skip
+        attend_task(
+            task, thread, layer, attention.scales[layer], qkv, attention.cache_k,
+            attention.cache_v, attention.tables, attention.tasks, attention.room, out,
+        )  # fmt: skip
         finish(counts, phase)
     wait(counts, phase, num_tasks)
 
@@ -153,12 +144,12 @@ def _compile(kind: int) -> Any:
             )  # fmt: skip
             _write(counts, phase + 2, layer, qkv, attention)
             if quantizes:
-                _attend(counts, phase + 3, thread, num_threads, layer, qkv, attention, mixed)
+                _attend(counts, phase + 3, thread, layer, qkv, attention, mixed)
                 prepare(
                     counts, phase + 4, mixed, attn_proj.gain, attn_proj.offset, 0, epsilon, inputs
                 )
             else:
-                _attend(counts, phase + 3, thread, num_threads, layer, qkv, attention, inputs.rows)
+                _attend(counts, phase + 3, thread, layer, qkv, attention, inputs.rows)
             multiply(
                 counts, phase + 5, num_threads, inputs, attn_proj, layer, 0, ADDED, x, inputs.rows,
                 layer_address(fc, layer), group_bytes(fc),
@@ -237,7 +228,7 @@ class FusedLayers(nn.Module):
         cache = attend.cache
         attention = Attention(
             self._attention_scales, view(cache.k), view(cache.v), attend.blocks, attend.offsets,
-            attend.tables, attend.tiles, attend.room.values, attend.room.keys,
+            attend.tables, attend.tasks, attend.room,
         )  # fmt: skip
         self._counts = counters(len(self._attention_scales) * len(PHASES_A_LAYER))
         team(torch.get_num_threads()).run(
