@@ -20,6 +20,7 @@ from engine.kv_cache import KVCache
 from engine.vectors import ROWS, address, ask, fetch, keep, mix, put, score, soften
 from model.config import GPTConfig
 
+_AHEAD = 4  # heads of a block: keys are asked for as long before their turn
 _PARTS_A_THREAD = 4  # of lone rows: enough for threads to share them out evenly
 
 _jitable = numba.extending.register_jitable
@@ -148,8 +149,8 @@ def expect_write(row: Any, layer: Any, cache_k: Array, cache_v: Array, blocks: A
     place = (np.intp(layer) * cache_k.shape[1] + blocks[row]) * num_heads * block_size
     place += offsets[row]
     for head in range(num_heads):
-        fetch(cache_k, place + head * block_size, 1, True)
-        fetch(cache_v, place + head * block_size, 1, True)
+        fetch(cache_k, place + head * block_size, 1)
+        fetch(cache_v, place + head * block_size, 1)
 
 
 @_jitable
@@ -183,15 +184,15 @@ def attend_task(
             ask(qkv, first_row + row, (first_head + head) * size, size, scale, at)
     for index in range(num_blocks):
         begin = _first_key(layer, tables[table, index], first_head, cache_k)
+        after = begin
         if index + 1 < num_blocks:
             after = _first_key(layer, tables[table, index + 1], first_head, cache_k)
         count = min(block_size, length - index * block_size)
         for head in range(num_heads):
-            if num_rows == 1 and index + 1 < num_blocks:
-                fetch(cache_k, after + head * block_size, block_size, False)
             at = scores + head * scores_each + index * block_size * width
             score(
                 num_rows, cache_k, begin + head * block_size, count,
+                _ahead(begin, after, head, num_heads, block_size),
                 address(room, thread, queries + head * width * stride), stride * 4, size,
                 address(room, thread, at),
             )  # fmt: skip
@@ -202,15 +203,15 @@ def attend_task(
         room[thread, place] = np.float32(0)
     for index in range(num_blocks):
         begin = _first_key(layer, tables[table, index], first_head, cache_v)
+        after = begin
         if index + 1 < num_blocks:
             after = _first_key(layer, tables[table, index + 1], first_head, cache_v)
         count = min(block_size, length - index * block_size)
         for head in range(num_heads):
-            if num_rows == 1 and index + 1 < num_blocks:
-                fetch(cache_v, after + head * block_size, block_size, False)
             at = scores + head * scores_each + index * block_size * width
             mix(
-                num_rows, cache_v, begin + head * block_size, count, address(room, thread, at),
+                num_rows, cache_v, begin + head * block_size, count,
+                _ahead(begin, after, head, num_heads, block_size), address(room, thread, at),
                 first_length - index * block_size,
                 address(room, thread, mixtures + head * width * stride), stride * 4,
             )  # fmt: skip
@@ -219,6 +220,15 @@ def attend_task(
             at = address(room, thread, mixtures + (head * width + row) * stride)
             factor = room[thread, factors + head * LANES + row]
             put(out, first_row + row, (first_head + head) * size, at, factor, size)
+
+
+@_jitable
+def _ahead(begin: Any, after: Any, head: Any, num_heads: Any, block_size: Any) -> Any:
+    """The row of the cache to ask for while a head of a block is worked on: some heads later."""
+    head += _AHEAD
+    if head < num_heads:
+        return begin + head * block_size
+    return after + min(head - num_heads, num_heads - 1) * block_size
 
 
 @_jitable

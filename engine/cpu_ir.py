@@ -69,16 +69,11 @@ def shuffle(builder: Any, a: Any, b: Any, lanes: Sequence[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(WORDS, list(lanes)))
 
 
-def ask_for(builder: Any, start: Any, num_bytes: Any, *, cache: int, writes: bool) -> None:
-    """Have memory fetched as far as a cache, the first or the second, without waiting for it."""
+def ask_for(builder: Any, place: Any, *, cache: int, writes: bool = False) -> None:
+    """Have a line of memory fetched as far as a cache, the first or the second, and do not wait."""
     options = [ir.Constant(WORD, value) for value in (int(writes), 4 - cache, 1)]
-
-    def line(offset: Any, _: Sequence[Any]) -> list[Any]:
-        place = builder.inttoptr(builder.add(start, offset), BYTE.as_pointer())
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), place, *options)
-        return []
-
-    loop(builder, number(0), num_bytes, LINE, [], line)
+    pointer = builder.inttoptr(place, BYTE.as_pointer())
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *options)
 
 
 def place_of(
@@ -120,15 +115,15 @@ def vectors_with(
     carried = loop(builder, number(0), full, LANES, carried, lambda d, c: body(d, c, None))
 
     def rest(d: Any, carried: Sequence[Any]) -> list[Any]:
-        return body(d, carried, first_lanes(builder, builder.sub(size, d)))
+        return body(d, carried, are_below(builder, range(LANES), builder.sub(size, d)))
 
     return loop(builder, full, size, LANES, carried, rest)
 
 
-def first_lanes(builder: Any, count: Any) -> Any:
-    """A mask of the first lanes, as many as counted."""
-    lanes = ir.Constant(WORDS, list(range(LANES)))
-    return builder.icmp_signed("<", lanes, splat(builder, builder.trunc(count, WORD)))
+def are_below(builder: Any, lanes: Sequence[int], end: Any) -> Any:
+    """A mask of the lanes whose numbers are smaller than some count."""
+    limit = splat(builder, builder.trunc(end, WORD))
+    return builder.icmp_signed("<", ir.Constant(WORDS, list(lanes)), limit)
 
 
 def load_some(builder: Any, place: Any, item_bytes: int, mask: Any) -> Any:

@@ -1,11 +1,12 @@
 """Where keys and values are stored, in blocks; who owns which block is `BlockManager`'s to say."""
 
 import math
-import mmap
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.cpu_memory import huge_pages
 from model.config import GPTConfig
 from weights.ledger import SCALE_BYTES
 
@@ -84,5 +85,5 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     count = math.prod(shape)
     num_bytes = count * dtype.itemsize
     slack = _SLACK_ROWS * (shape[-1] * dtype.itemsize + 64)
-    pages = mmap.mmap(-1, num_bytes + slack, flags=mmap.MAP_PRIVATE)
-    return torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes).view(dtype).view(shape)
+    pages = huge_pages((num_bytes + slack,), np.uint8)
+    return torch.from_numpy(pages[:num_bytes]).view(dtype).view(shape)

@@ -44,6 +44,7 @@ PHASES_A_LAYER = (
     "c_fc", "quantisation", "MLP's c_proj",
 )  # fmt: skip
 _ROWS_A_TASK = 4  # of those whose keys and values are stored
+_TAKES_A_THREAD = 16  # of attention's tasks: enough of them to share out evenly
 _FEW_ROWS = 64  # whose places in the KV cache the caches hold beside the weights
 
 _jitable = numba.extending.register_jitable
@@ -91,21 +92,25 @@ def _write(counts: Any, phase: Any, layer: Any, qkv: Any, attention: Any) -> Non
 
 @_jitable
 def _attend(
-    counts: Any, phase: Any, thread: Any, layer: Any, qkv: Any, attention: Any,
+    counts: Any, phase: Any, thread: Any, num_threads: Any, layer: Any, qkv: Any, attention: Any,
     out: Any,
 ) -> None:  # fmt: skip
     """Attend with all rows and heads."""
     num_tasks = len(attention.tasks)
+    # Several at a time: threads that count together wait for each other's counting.
+    some = max(1, num_tasks // (_TAKES_A_THREAD * num_threads))
+    num_takes = (num_tasks + some - 1) // some
     while True:
-        task = take(counts, phase)
-        if task >= num_tasks:
+        taken = take(counts, phase)
+        if taken >= num_takes:
             break
-        attend_task(
-            task, thread, layer, attention.scales[layer], qkv, attention.cache_k,
-            attention.cache_v, attention.tables, attention.tasks, attention.room, out,
-        )  # fmt: skip
+        for task in range(taken * some, min((taken + 1) * some, num_tasks)):
+            attend_task(
+                task, thread, layer, attention.scales[layer], qkv, attention.cache_k,
+                attention.cache_v, attention.tables, attention.tasks, attention.room, out,
+            )  # fmt: skip
         finish(counts, phase)
-    wait(counts, phase, num_tasks)
+    wait(counts, phase, num_takes)
 
 
 @functools.cache
@@ -144,12 +149,12 @@ def _compile(kind: int) -> Any:
             )  # fmt: skip
             _write(counts, phase + 2, layer, qkv, attention)
             if quantizes:
-                _attend(counts, phase + 3, thread, layer, qkv, attention, mixed)
+                _attend(counts, phase + 3, thread, num_threads, layer, qkv, attention, mixed)
                 prepare(
                     counts, phase + 4, mixed, attn_proj.gain, attn_proj.offset, 0, epsilon, inputs
                 )
             else:
-                _attend(counts, phase + 3, thread, layer, qkv, attention, inputs.rows)
+                _attend(counts, phase + 3, thread, num_threads, layer, qkv, attention, inputs.rows)
             multiply(
                 counts, phase + 5, num_threads, inputs, attn_proj, layer, 0, ADDED, x, inputs.rows,
                 layer_address(fc, layer), group_bytes(fc),

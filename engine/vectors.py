@@ -8,6 +8,7 @@ code for tiles of one row and of 8, so what belongs to the rows of a tile lies 1
 Addresses are integers, as `address` gives them. Who calls sees that arrays live as long.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,11 +22,13 @@ from engine.cpu_ir import (
     FLOAT,
     FLOATS,
     LANES,
+    LINE,
     SIZE,
     WHOLE,
     WORD,
     WORDS,
     ZEROS,
+    are_below,
     ask_for,
     broadcast,
     budget,
@@ -93,19 +96,17 @@ class _Cache:
         """Where the scale of the row at an address lies."""
         return self._builder.add(row, self._builder.sub(self.row_bytes, number(4)))
 
-    def load(self, row: Any, channel: Any, mask: Any = None) -> Any:
-        """16 numbers of the row at an address, as float32; codes want their scale yet.
+    def place(self, row: Any, channel: Any) -> Any:
+        """Where a channel of the row at an address lies."""
+        return self._builder.add(row, self._builder.mul(channel, number(self.item_bytes)))
 
-        Memory is read whole, and behind a row's last channel too: by the mask, those are zeros.
-        """
-        builder = self._builder
-        place = builder.add(row, builder.mul(channel, number(self.item_bytes)))
+    def load(self, row: Any, channel: Any) -> Any:
+        """16 numbers of the row at an address, as float32; codes want their scale yet."""
+        builder, place = self._builder, self.place(row, channel)
         if self.has_scales:
             codes = load(builder, place, ir.VectorType(BYTE, LANES), 1)
-            values = builder.sitofp(builder.sext(codes, WORDS), FLOATS)
-        else:
-            values = widen(builder, load(builder, place, vector_of(self.item_bytes), 1))
-        return values if mask is None else builder.select(mask, values, ZEROS)
+            return builder.sitofp(builder.sext(codes, WORDS), FLOATS)
+        return widen(builder, load(builder, place, vector_of(self.item_bytes), 1))
 
 
 @numba.extending.intrinsic
@@ -131,42 +132,45 @@ def ask(context: Any, qkv: Any, row: Any, column: Any, size: Any, scale: Any, qu
 
 
 @numba.extending.intrinsic
-def fetch(context: Any, cache: Any, row: Any, count: Any, writes: Any) -> Any:
-    """Ask for `count` rows of the cache from a row on, to read them or else to write."""
+def fetch(context: Any, cache: Any, row: Any, count: Any) -> Any:
+    """Ask for `count` rows of the cache from a row on, to write them."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rows = _Cache(context, builder, signature.args[0], arguments[0])
         start, num_bytes = rows.row(arguments[1]), builder.mul(arguments[2], rows.row_bytes)
-        with builder.if_else(arguments[3]) as (to_write, to_read):
-            with to_write:
-                ask_for(builder, start, num_bytes, cache=2, writes=True)
-            with to_read:
-                ask_for(builder, start, num_bytes, cache=2, writes=False)
+
+        def line(offset: Any, _: Sequence[Any]) -> list[Any]:
+            ask_for(builder, builder.add(start, offset), cache=2, writes=True)
+            return []
+
+        loop(builder, number(0), num_bytes, LINE, [], line)
         return context.get_dummy_value()
 
-    return types.void(cache, types.intp, types.intp, types.boolean), generate
+    return types.void(cache, types.intp, types.intp), generate
 
 
 @numba.extending.intrinsic
 def score(
-    context: Any, rows: Any, cache: Any, row: Any, count: Any, queries: Any, stride: Any,
-    size: Any, scores: Any,
+    context: Any, rows: Any, cache: Any, row: Any, count: Any, ahead: Any, queries: Any,
+    stride: Any, size: Any, scores: Any,
 ) -> Any:  # fmt: skip
     """Multiply the queries of a tile with `count` rows of the cache, from a row on.
 
-    queries (rows, stride / 4), stride in bytes and of 64 each; scores (count, 1 or 8) are
-    overwritten, and some behind them.
+    A lone row meanwhile asks for as many rows from `ahead` on. queries (rows, stride / 4), stride
+    in bytes and of 64 each; scores (count, 1 or 8) are overwritten, and some behind them.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows, cache, row, count, queries, stride, size, scores = arguments
+        rows, cache, row, count, ahead, queries, stride, size, scores = arguments
         keys = _Cache(context, builder, signature.args[1], cache)
-        some = budget(context)
-        begin = keys.row(row)
+        begin, way = keys.row(row), builder.sub(keys.row(ahead), keys.row(row))
+        line_channels = LINE // keys.item_bytes
+        full = builder.and_(size, number(-line_channels))
 
         def multiply(num_rows: int) -> None:
-            """16 products at a time: of one row with 16 keys, or of 8 with 2."""
+            """16 products at a time, of one row with 16 keys or of 8 with 2; then their sums."""
             num_keys = LANES // num_rows
+            some = budget(context)
             asked = [builder.add(queries, builder.mul(stride, number(r))) for r in range(num_rows)]
 
             def several(key: Any, _: Sequence[Any]) -> list[Any]:
@@ -175,28 +179,48 @@ def score(
                     builder.add(at, builder.mul(keys.row_bytes, number(index)))
                     for index in range(num_keys)
                 ]
-                pairs = [(start, query) for start in starts for query in asked]
-                totals: list[Any] = []
-                for part in range(0, LANES, some):
 
-                    def channels(
-                        d: Any, totals: Sequence[Any], mask: Any,
-                        pairs: Any = pairs[part : part + some],
-                    ) -> list[Any]:  # fmt: skip
-                        loaded: dict[Any, Any] = {}
-                        down = builder.mul(d, number(4))
-                        for start, query in pairs:
-                            if query not in loaded:
-                                place = builder.add(query, down)
-                                loaded[query] = load(builder, place, FLOATS, 64)
-                            if start not in loaded:
-                                loaded[start] = keys.load(start, d, mask)
-                        return [
-                            multiply_add(builder, loaded[query], loaded[start], total)
+                def channels(
+                    pairs: Any, count: int, is_last: bool, d: Any, totals: Sequence[Any]
+                ) -> list[Any]:
+                    """Go on with some pairs of key and query, by so many channels from d on.
+
+                    The last ones may be fewer, and what lies behind them does not count.
+                    """
+                    loaded: dict[Any, list[Any]] = {}
+                    for start, query in pairs:
+                        if start not in loaded:
+                            if num_rows == 1:
+                                ask_for(builder, keys.place(builder.add(start, way), d), cache=1)
+                            loaded[start] = [
+                                keys.load(start, builder.add(d, number(part)))
+                                for part in range(0, count, LANES)
+                            ]
+                            if is_last:
+                                mask = are_below(builder, range(LANES), builder.sub(size, d))
+                                loaded[start] = [builder.select(mask, loaded[start][0], ZEROS)]
+                        if query not in loaded:
+                            place = builder.add(query, builder.mul(d, number(4)))
+                            loaded[query] = [
+                                load(builder, builder.add(place, number(4 * part)), FLOATS, 64)
+                                for part in range(0, count, LANES)
+                            ]
+                    for part in range(count // LANES):
+                        totals = [
+                            multiply_add(builder, loaded[query][part], loaded[start][part], total)
                             for (start, query), total in zip(pairs, totals, strict=True)
                         ]
+                    return list(totals)
 
-                    totals += vectors_with(builder, size, [ZEROS] * some, channels)
+                pairs = [(start, query) for start in starts for query in asked]
+                totals: list[Any] = []
+                for top in range(0, LANES, some):
+                    chosen = pairs[top : top + some]
+                    whole = functools.partial(channels, chosen, line_channels, False)
+                    rest = functools.partial(channels, chosen, LANES, True)
+                    zeros = [ZEROS] * some
+                    found = loop(builder, number(0), full, line_channels, zeros, whole)
+                    totals += loop(builder, full, size, LANES, found, rest)
                 found = sums(builder, totals)
                 if keys.has_scales:
                     scales = ir.Constant(FLOATS, ir.Undefined)
@@ -214,7 +238,7 @@ def score(
         _one_or_more(builder, rows, multiply)
         return context.get_dummy_value()
 
-    return types.void(types.intp, cache, *[types.intp] * 6), generate
+    return types.void(types.intp, cache, *[types.intp] * 7), generate
 
 
 @numba.extending.intrinsic
@@ -238,8 +262,7 @@ def soften(context: Any, rows: Any, scores: Any, length: Any, factors: Any) -> A
                 place = builder.add(scores, builder.mul(key, number(4 * num_rows)))
                 place = builder.add(place, number(4 * LANES * index))
                 behind = [index * num_keys + lane // num_rows - lane % num_rows for lane in lanes]
-                left = splat(builder, builder.trunc(builder.sub(length, key), WORD))
-                counts = builder.icmp_signed("<", ir.Constant(WORDS, behind), left)
+                counts = are_below(builder, behind, builder.sub(length, key))
                 return place, load(builder, place, FLOATS, 64), counts
 
             def climb(key: Any, carried: Sequence[Any]) -> list[Any]:
@@ -277,20 +300,22 @@ def soften(context: Any, rows: Any, scores: Any, length: Any, factors: Any) -> A
 
 @numba.extending.intrinsic
 def mix(
-    context: Any, rows: Any, cache: Any, row: Any, count: Any, weights: Any, common: Any,
-    mixtures: Any, stride: Any,
+    context: Any, rows: Any, cache: Any, row: Any, count: Any, ahead: Any, weights: Any,
+    common: Any, mixtures: Any, stride: Any,
 ) -> Any:  # fmt: skip
     """Add `count` rows of the cache, from a row on, to the mixtures of a tile's rows.
 
+    A lone row meanwhile asks for as many rows from `ahead` on.
     The first row sees `common` of them, or all, each other row one more than the one before it.
     weights (count, 1 or 8) as `soften` leaves them; mixtures (rows, stride / 4), stride in bytes
     and of 64 each.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows, cache, row, count, weights, common, mixtures, stride = arguments
+        rows, cache, row, count, ahead, weights, common, mixtures, stride = arguments
         values = _Cache(context, builder, signature.args[1], cache)
-        begin = values.row(row)
+        begin, way = values.row(row), builder.sub(values.row(ahead), values.row(row))
+        line_channels = LINE // values.item_bytes
 
         def add(num_rows: int) -> None:
             some = min(num_rows, budget(context))
@@ -318,17 +343,20 @@ def mix(
 
                 def take(key: Any, totals: Sequence[Any], is_last: bool) -> list[Any]:
                     at = builder.add(begin, builder.mul(key, values.row_bytes))
-                    found = [
-                        values.load(at, builder.add(channel, number(LANES * index)))
-                        for index in range(several)
-                    ]
+                    found = []
+                    for index in range(several):
+                        this = builder.add(channel, number(LANES * index))
+                        if num_rows == 1 and LANES * index % line_channels == 0:
+                            ask_for(builder, values.place(builder.add(at, way), this), cache=1)
+                        found.append(values.load(at, this))
+                    if values.has_scales:
+                        scale = broadcast(builder, values.scale_place(at))
+                        found = [times(builder, v, scale) for v in found]
                     after = []
                     for r in range(some):
                         weight = builder.mul(key, number(4 * num_rows))
                         weight = builder.add(weight, number(4 * (top + r)))
                         w = broadcast(builder, builder.add(weights, weight))
-                        if values.has_scales:
-                            w = times(builder, w, broadcast(builder, values.scale_place(at)))
                         for index, v in enumerate(found):
                             total = totals[r * several + index]
                             more = multiply_add(builder, w, v, total)
@@ -359,7 +387,7 @@ def mix(
         _one_or_more(builder, rows, add)
         return context.get_dummy_value()
 
-    return types.void(types.intp, cache, *[types.intp] * 6), generate
+    return types.void(types.intp, cache, *[types.intp] * 7), generate
 
 
 @numba.extending.intrinsic
