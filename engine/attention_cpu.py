@@ -13,28 +13,15 @@ import torch
 from torch import Tensor
 
 from engine.batch import ModelInput
+from engine.cpu_ir import LANES, LINE
 from engine.cpu_math import KERNEL, Array, view
 from engine.cpu_tasks import counters, finish, take, team, wait
 from engine.kv_cache import KVCache
-from engine.vectors import (
-    LANES,
-    PANEL,
-    ROWS,
-    address,
-    ask,
-    fetch,
-    gather_columns,
-    keep,
-    mix,
-    prefetch,
-    put,
-    score,
-    soften,
-)
+from engine.vectors import ROWS, address, ask, fetch, keep, mix, put, score, soften
 from model.config import GPTConfig
 
-_AHEAD = 3 * LANES  # keys asked for before their turn: memory takes longer than a group of 16
-_LINE = 64  # bytes that a processor fetches together, and what vectors of 16 float32 are aligned to
+_AHEAD = 4  # heads of a block: keys are asked for as long before their turn
+_PARTS_A_THREAD = 4  # of lone rows: enough for threads to share them out evenly
 
 _jitable = numba.extending.register_jitable
 
@@ -44,9 +31,8 @@ def list_tiles(positions: Any, sequences: Any, tiles: Any) -> Any:
     """List a step's rows as attention takes them: up to 8 neighbours of one sequence at a time.
 
     Of each row a position and its row of the block tables. tiles (T, 4) int64 become first row,
-    number of rows, position of the first and row of the block tables; the longest come first.
-    Returns T. A task is a tile and a head, task = head * T + tile, so that those of one sequence
-    follow each other and find its keys still at hand.
+    number of rows, position of the first and row of the block tables; those of several rows come
+    first, and among them and among the others the longest. Returns T.
     """
     num_rows, num_tiles, first = len(positions), 0, 0
     while first < num_rows:
@@ -59,8 +45,13 @@ def list_tiles(positions: Any, sequences: Any, tiles: Any) -> Any:
         ):
             end += 1
         # Sorted by insertion: rows of decoding have the order of the step before.
-        place = num_tiles
-        while place > 0 and tiles[place - 1, 2] < positions[first]:
+        place, is_lone = num_tiles, end - first == 1
+        while place > 0:
+            is_before_lone = tiles[place - 1, 1] == 1
+            if is_lone == is_before_lone and tiles[place - 1, 2] >= positions[first]:
+                break
+            if is_lone and not is_before_lone:
+                break
             for column in range(4):
                 tiles[place, column] = tiles[place - 1, column]
             place -= 1
@@ -71,21 +62,36 @@ def list_tiles(positions: Any, sequences: Any, tiles: Any) -> Any:
     return num_tiles
 
 
-class ThreadRoom:
-    """What threads write while they work on a task: room of each one's own.
+@_jitable
+def share_out(tiles: Any, num_heads: Any, num_threads: Any) -> Any:
+    """Say how a step's attention is cut: tiles of several rows, parts of each other, tasks in all.
 
-    `values` (threads, size) float32, each thread's on lines of its own: scaled queries (D, 8), the
-    columns of four groups of keys, mixtures (8, D rounded up to 16), and scores behind them.
-    `keys` (threads, length) int64: the rows of the cache that hold a tile's keys.
+    Tiles of several rows take a head a task, and those of one sequence follow each other and find
+    its keys still at hand. A lone row takes many heads at once: those of a block lie behind each
+    other, so memory is read in long runs.
     """
+    num_several = 0
+    while num_several < len(tiles) and tiles[num_several, 1] > 1:
+        num_several += 1
+    num_lone = len(tiles) - num_several
+    num_parts = 1
+    if num_lone > 0:
+        num_parts = min(num_heads, (_PARTS_A_THREAD * num_threads + num_lone - 1) // num_lone)
+    return num_several, num_parts, num_several * num_heads + num_lone * num_parts
 
-    def __init__(self, config: GPTConfig, *, num_threads: int, length: int) -> None:
-        length = -(-length // (PANEL * LANES)) * PANEL * LANES + PANEL * LANES
-        size = _places(config.head_size)[3] + ROWS * length
-        space = np.empty(num_threads * size + _LINE, np.float32)
-        skipped = -space.ctypes.data % _LINE // space.itemsize
-        self.values = space[skipped : skipped + num_threads * size].reshape(num_threads, size)
-        self.keys = np.empty((num_threads, length), np.int64)
+
+def thread_room(config: GPTConfig, *, num_threads: int, length: int) -> Array:
+    """What threads write while they work on a task (threads, size) float32, on lines of their own.
+
+    For each head of a task: scaled queries and mixtures of its rows, each (rows, D rounded up
+    to 16), a factor for each row, and scores.
+    """
+    rows = max(ROWS, config.n_head)  # of all heads of a task
+    stride = -(-config.head_size // LANES) * LANES
+    size = rows * (2 * stride + _room_for_scores(length)) + config.n_head * LANES
+    space = np.empty(num_threads * size + LINE, np.float32)
+    skipped = -space.ctypes.data % LINE // space.itemsize
+    return space[skipped : skipped + num_threads * size].reshape(num_threads, size)
 
 
 class CPUPagedAttention:
@@ -105,7 +111,7 @@ class CPUPagedAttention:
         tiles = np.empty((len(positions), 4), np.int64)
         self.tiles = tiles[: _list_tiles(positions, sequences, tiles)]
         num_threads = torch.get_num_threads()
-        self.room = ThreadRoom(config, num_threads=num_threads, length=int(positions.max()) + 1)
+        self.room = thread_room(config, num_threads=num_threads, length=int(positions.max()) + 1)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend in layer `layer`: q, k, v (N, H, D) -> (N, H, D)."""
@@ -113,20 +119,16 @@ class CPUPagedAttention:
         team(torch.get_num_threads()).run(
             _attend, counters(2), view(torch.stack((q, k, v), 1).view(len(q), -1)), layer,
             np.float32(self._config.attention_scale(layer)), view(self.cache.k), view(self.cache.v),
-            self.blocks, self.offsets, self.tables, self.tiles, self.room.values,
-            self.room.keys, view(out.view(len(q), -1)),
+            self.blocks, self.offsets, self.tables, self.tiles, self.room,
+            view(out.view(len(q), -1)),
         )  # fmt: skip
         return out
 
 
 @_jitable
-def _places(size: Any) -> Any:
-    """Where in a thread's values columns, mixtures and scores begin, and what is between two."""
-    channels = -(-size // 64) * 64  # of one group's columns
-    mixtures = -(-size // LANES) * LANES  # of one row
-    columns = ROWS * mixtures
-    begin = columns + PANEL * LANES * channels
-    return columns, channels, begin, begin + ROWS * mixtures, mixtures
+def _room_for_scores(length: Any) -> Any:
+    """Of one row and head: whole vectors, and some more, because they are not stored on lines."""
+    return (-(-length // LANES) + 2) * LANES
 
 
 @_jitable
@@ -157,104 +159,113 @@ def expect_write(row: Any, layer: Any, cache_k: Array, cache_v: Array, blocks: A
     place = (np.intp(layer) * cache_k.shape[1] + blocks[row]) * num_heads * block_size
     place += offsets[row]
     for head in range(num_heads):
-        fetch(cache_k, place + head * block_size, 1, True)
-        fetch(cache_v, place + head * block_size, 1, True)
-
-
-@_jitable
-def expect_attend(task: Any, layer: Any, cache_k: Array, tables: Array, tiles: Array) -> None:
-    """Ask for the first keys of a task, if there is one of that number."""
-    num_tiles, block_size = len(tiles), cache_k.shape[3]
-    head = task // num_tiles
-    if head < cache_k.shape[2]:
-        block = tables[tiles[task - head * num_tiles, 3], 0]
-        row = (layer * cache_k.shape[1] + block) * cache_k.shape[2] + head
-        fetch(cache_k, row * block_size, min(block_size, 2 * LANES), False)
+        fetch(cache_k, place + head * block_size, 1)
+        fetch(cache_v, place + head * block_size, 1)
 
 
 @_jitable
 def attend_task(
-    task: Any, thread: Any, layer: Any, scale: Any, qkv: Array, cache_k: Array, cache_v: Array,
-    tables: Array, tiles: Array, values: Array, keys: Array, out: Array,
+    task: Any, num_several: Any, num_parts: Any, thread: Any, layer: Any, scale: Any, qkv: Array,
+    cache_k: Array, cache_v: Array, tables: Array, tiles: Array, room: Array, out: Array,
 ) -> None:  # fmt: skip
-    """Attend with the rows of one tile and one head, of qkv (N, 3 C), into out (N, C).
+    """Attend with the rows of a tile and some heads, of qkv (N, 3 C), into out (N, C).
 
-    Tasks are 0 to `len(tiles)` times the heads. `thread` says which of the scratch's `values` and
-    `keys` are the caller's alone. qkv and out are each float32 or bfloat16's bits.
+    Which, says `task`, as `share_out` cuts them. `thread` says which of the `room`'s rows is the
+    caller's alone. qkv and out are each float32 or bfloat16's bits.
     """
-    # Indices are unsigned: one that might be negative keeps a loop from being vectorised, and a
-    # slice counts its references, which threads would wait for.
-    num_tiles = np.uintp(len(tiles))
-    head = np.uintp(task) // num_tiles
-    tile = np.uintp(task) - head * num_tiles
-    first_row, num_rows = np.uintp(tiles[tile, 0]), np.uintp(tiles[tile, 1])
-    first_length = np.uintp(tiles[tile, 2] + 1)  # keys that the first row sees
-    length = first_length + num_rows - np.uintp(1)
-    head_size = qkv.shape[1] // 3 // cache_k.shape[2]
-    thread, size = np.uintp(thread), np.uintp(head_size)
-    columns, channels, mixtures, scores, stride = _places(head_size)
+    all_heads = cache_k.shape[2]
+    if task < num_several * all_heads:
+        first_head = task // num_several
+        tile = task - first_head * num_several
+        num_heads = 1
+    else:
+        rest = task - num_several * all_heads
+        tile = rest // num_parts
+        part = rest - tile * num_parts
+        tile += num_several
+        first_head = part * all_heads // num_parts
+        num_heads = (part + 1) * all_heads // num_parts - first_head
+    first_row, num_rows, table = tiles[tile, 0], tiles[tile, 1], tiles[tile, 3]
+    first_length = tiles[tile, 2] + 1  # keys that the first row sees
+    length = first_length + num_rows - 1
+    size = qkv.shape[1] // 3 // cache_k.shape[2]
+    block_size = cache_k.shape[3]
+    num_blocks = (length + block_size - 1) // block_size
+    width = 1 if num_rows == 1 else ROWS
+    stride = -(-size // LANES) * LANES
+    queries, mixtures = 0, num_heads * width * stride
+    factors = 2 * mixtures
+    scores = factors + num_heads * LANES
+    scores_each = _room_for_scores(length) * width
 
-    _list_keys(layer, head, tables, np.uintp(tiles[tile, 3]), length, cache_k, thread, keys)
-    ask(qkv, first_row, num_rows, head * size, size, scale, address(values, thread, 0))
-
-    keys_at = address(keys, thread, 0)
-    num_groups = (np.intp(length) + LANES - 1) // LANES
-    for panel in range(0, num_groups, PANEL):
-        count: Any = min(PANEL, num_groups - panel)
-        for index in range(count):
-            first = (panel + index) * LANES
-            if num_rows == 1:
-                # The blocks of a sequence lie anywhere, where no processor looks ahead.
-                prefetch(cache_k, keys_at, min(first + _AHEAD, (num_groups - 1) * LANES))
-                prefetch(cache_v, keys_at, first)
-            out_at = address(values, thread, columns + index * channels * LANES)
-            gather_columns(cache_k, keys_at, first, out_at)
-        score(
-            num_rows, address(values, thread, 0), address(values, thread, columns),
-            channels * LANES * 4, size, count,
-            address(values, thread, scores + panel * LANES * ROWS),
-        )  # fmt: skip
-    totals = np.uintp(0)  # the queries have done their duty
-    for r in range(num_rows):
-        at = address(values, thread, scores + np.intp(r) * LANES)
-        values[thread, totals + r] = np.float32(1) / soften(at, first_length + r)
-    mix(
-        num_rows, cache_v, keys_at, address(values, thread, scores), first_length,
-        address(values, thread, mixtures), stride * 4,
-    )  # fmt: skip
-    for r in range(num_rows):
-        at = address(values, thread, mixtures + np.intp(r) * stride)
-        put(out, first_row + r, head * size, at, values[thread, totals + r], size)
+    for head in range(num_heads):
+        for row in range(num_rows):
+            at = address(room, thread, queries + (head * width + row) * stride)
+            ask(qkv, first_row + row, (first_head + head) * size, size, scale, at)
+    for index in range(num_blocks):
+        begin = _first_key(layer, tables[table, index], first_head, cache_k)
+        after = begin
+        if index + 1 < num_blocks:
+            after = _first_key(layer, tables[table, index + 1], first_head, cache_k)
+        count = min(block_size, length - index * block_size)
+        for head in range(num_heads):
+            at = scores + head * scores_each + index * block_size * width
+            score(
+                num_rows, cache_k, begin + head * block_size, count,
+                _ahead(begin, after, head, num_heads, block_size),
+                address(room, thread, queries + head * width * stride), stride * 4, size,
+                address(room, thread, at),
+            )  # fmt: skip
+    for head in range(num_heads):
+        at = address(room, thread, scores + head * scores_each)
+        soften(num_rows, at, first_length, address(room, thread, factors + head * LANES))
+    for place in range(mixtures, factors):
+        room[thread, place] = np.float32(0)
+    for index in range(num_blocks):
+        begin = _first_key(layer, tables[table, index], first_head, cache_v)
+        after = begin
+        if index + 1 < num_blocks:
+            after = _first_key(layer, tables[table, index + 1], first_head, cache_v)
+        count = min(block_size, length - index * block_size)
+        for head in range(num_heads):
+            at = scores + head * scores_each + index * block_size * width
+            mix(
+                num_rows, cache_v, begin + head * block_size, count,
+                _ahead(begin, after, head, num_heads, block_size), address(room, thread, at),
+                first_length - index * block_size,
+                address(room, thread, mixtures + head * width * stride), stride * 4,
+            )  # fmt: skip
+    for head in range(num_heads):
+        for row in range(num_rows):
+            at = address(room, thread, mixtures + (head * width + row) * stride)
+            factor = room[thread, factors + head * LANES + row]
+            put(out, first_row + row, (first_head + head) * size, at, factor, size)
 
 
 @_jitable
-def _list_keys(
-    layer: Any, head: Any, tables: Array, table_row: Any, length: Any, cache: Array, thread: Any,
-    keys: Array,
-) -> None:  # fmt: skip
-    """List the cache's rows with a sequence's keys for one head, by position."""
-    num_blocks, num_heads = np.uintp(cache.shape[1]), np.uintp(cache.shape[2])
-    block_size = np.uintp(cache.shape[3])
-    first = np.uintp(0)
-    for at in range((length + block_size - np.uintp(1)) // block_size):
-        block = np.uintp(layer) * num_blocks + np.uintp(tables[table_row, at])
-        row = (block * num_heads + head) * block_size
-        for place in range(min(block_size, length - first)):
-            keys[thread, first + place] = np.intp(row + place)
-        first += block_size
-    # Groups are of 16 keys and tiles of 8 rows, so some more are read, and do not count.
-    last = keys[thread, length - np.uintp(1)]
-    for place in range(length, length + np.uintp(LANES + ROWS)):
-        keys[thread, place] = last
+def _ahead(begin: Any, after: Any, head: Any, num_heads: Any, block_size: Any) -> Any:
+    """The row of the cache to ask for while a head of a block is worked on: some heads later."""
+    head += _AHEAD
+    if head < num_heads:
+        return begin + head * block_size
+    return after + min(head - num_heads, num_heads - 1) * block_size
+
+
+@_jitable
+def _first_key(layer: Any, block: Any, head: Any, cache: Array) -> Any:
+    """The number of a block's first row for one head, in the whole cache."""
+    block = np.intp(layer) * cache.shape[1] + np.intp(block)
+    return (block * cache.shape[2] + head) * cache.shape[3]
 
 
 @numba.njit(**KERNEL)
 def _attend(
     thread: Any, num_threads: Any, counts: Array, qkv: Array, layer: Any, scale: Any,
     cache_k: Array, cache_v: Array, blocks: Array, offsets: Array, tables: Array, tiles: Array,
-    values: Array, keys: Array, out: Array,
+    room: Array, out: Array,
 ) -> None:  # fmt: skip
-    num_rows, num_tasks = len(qkv), len(tiles) * cache_k.shape[2]
+    num_rows = len(qkv)
+    num_several, num_parts, num_tasks = share_out(tiles, cache_k.shape[2], num_threads)
     while True:
         row = take(counts, 0)
         if row >= num_rows:
@@ -267,7 +278,8 @@ def _attend(
         if task >= num_tasks:
             break
         attend_task(
-            task, thread, layer, scale, qkv, cache_k, cache_v, tables, tiles, values, keys, out
+            task, num_several, num_parts, thread, layer, scale, qkv, cache_k, cache_v, tables,
+            tiles, room, out,
         )  # fmt: skip
         finish(counts, 1)
     wait(counts, 1, num_tasks)

@@ -11,29 +11,35 @@ import numba
 from llvmlite import ir
 from numba.core import types
 
-from engine.vectors import (
-    _WHOLE,
+from engine.cpu_ir import (
+    BYTE,
+    FLOAT,
+    FLOATS,
     LANES,
-    _byte,
-    _call,
-    _exp,
-    _float,
-    _floats,
-    _floats_of,
-    _fold,
-    _larger,
-    _load,
-    _load_some,
-    _multiply_add,
-    _narrow,
-    _number,
-    _splat,
-    _store_some,
-    _vectors,
-    _vectors_with,
-    _word,
-    _words,
-    _words_of,
+    WHOLE,
+    WORD,
+    WORDS,
+    ZEROS,
+    call,
+    exp,
+    first,
+    floats_of,
+    fold,
+    larger,
+    load,
+    load_some,
+    minus,
+    multiply_add,
+    narrow,
+    number,
+    over,
+    plus,
+    splat,
+    store_some,
+    times,
+    vectors,
+    vectors_with,
+    words_of,
 )
 from model.config import Activation
 
@@ -57,54 +63,53 @@ def bring(context: Any, kind: Any, row: Any, size: Any, inputs: Any, scale: Any,
         _, row, size, inputs, scale, zero = arguments
 
         def read(d: Any, mask: Any) -> Any:
-            return _load_some(builder, builder.add(row, builder.mul(d, _number(4))), 4, mask)
+            return load_some(builder, builder.add(row, builder.mul(d, number(4))), 4, mask)
 
         def write(d: Any, values: Any, mask: Any) -> None:
-            place = builder.add(inputs, builder.mul(d, _number(_INPUT_BYTES[which])))
-            _store_some(builder, values, place, mask)
+            place = builder.add(inputs, builder.mul(d, number(_INPUT_BYTES[which])))
+            store_some(builder, values, place, mask)
 
         if which != INT8:
             bits = _INPUT_BYTES[which]
-            _vectors(
-                builder, size, lambda d, mask: write(d, _narrow(builder, read(d, mask), bits), mask)
+            vectors(
+                builder, size, lambda d, mask: write(d, narrow(builder, read(d, mask), bits), mask)
             )
             return context.get_dummy_value()
-
-        zeros = ir.Constant(_floats, None)
 
         def look(d: Any, carried: Sequence[Any], mask: Any) -> list[Any]:
             values = read(d, mask)
             return [
-                _larger(builder, builder.fneg(values), carried[0]),
-                _larger(builder, values, carried[1]),
-                builder.fadd(carried[2], builder.fmul(values, zeros)),  # NaN where not finite
+                larger(builder, builder.fneg(values), carried[0]),
+                larger(builder, values, carried[1]),
+                plus(builder, carried[2], times(builder, values, ZEROS)),  # NaN where not finite
             ]
 
-        below, above, broken = _vectors_with(builder, size, [zeros] * 3, look)
-        below, above = _fold(builder, below, _larger), _fold(builder, above, _larger)
-        broken = _fold(builder, broken, lambda builder, a, b: builder.fadd(a, b))
-        nothing, one = ir.Constant(_float, 0.0), ir.Constant(_float, 1.0)
-        step = builder.fdiv(builder.fadd(above, below), ir.Constant(_float, 255.0))
+        below, above, broken = vectors_with(builder, size, [ZEROS] * 3, look)
+        below, above, broken = (
+            first(builder, fold(builder, values, combine))
+            for values, combine in ((below, larger), (above, larger), (broken, plus))
+        )
+        nothing, one = ir.Constant(FLOAT, 0.0), ir.Constant(FLOAT, 1.0)
+        step = over(builder, plus(builder, above, below), ir.Constant(FLOAT, 255.0))
         has_range = builder.fcmp_ordered(">", step, nothing)
-        factor = builder.select(has_range, builder.fdiv(one, step), nothing)
-        step = builder.fadd(builder.select(has_range, step, nothing), broken)
-        whole = _floats_of(_WHOLE)
-        offset = _multiply_add(builder, _splat(builder, below), _splat(builder, factor), whole)
-        offsets = builder.sub(builder.bitcast(offset, _words), builder.bitcast(whole, _words))
-        builder.store(step, builder.inttoptr(scale, _float.as_pointer()), align=4)
-        first = builder.extract_element(offsets, ir.Constant(_word, 0))
-        builder.store(first, builder.inttoptr(zero, _word.as_pointer()), align=4)
-        factors = _splat(builder, factor)
-        codes_at = builder.sub(offsets, builder.bitcast(whole, _words))
+        factor = builder.select(has_range, over(builder, one, step), nothing)
+        step = plus(builder, builder.select(has_range, step, nothing), broken)
+        whole = floats_of(WHOLE)
+        offset = multiply_add(builder, splat(builder, below), splat(builder, factor), whole)
+        offsets = builder.sub(builder.bitcast(offset, WORDS), builder.bitcast(whole, WORDS))
+        builder.store(step, builder.inttoptr(scale, FLOAT.as_pointer()), align=4)
+        builder.store(first(builder, offsets), builder.inttoptr(zero, WORD.as_pointer()), align=4)
+        factors = splat(builder, factor)
+        codes_at = builder.sub(offsets, builder.bitcast(whole, WORDS))
 
         def code(d: Any, mask: Any) -> None:
-            rounded = _multiply_add(builder, read(d, mask), factors, whole)
-            codes = builder.add(builder.bitcast(rounded, _words), codes_at)
-            codes = _call(builder, "llvm.smax.v16i32", _words, codes, ir.Constant(_words, None))
-            codes = _call(builder, "llvm.smin.v16i32", _words, codes, _words_of(255))
-            write(d, builder.trunc(codes, ir.VectorType(_byte, LANES)), mask)
+            rounded = multiply_add(builder, read(d, mask), factors, whole)
+            codes = builder.add(builder.bitcast(rounded, WORDS), codes_at)
+            codes = call(builder, "llvm.smax.v16i32", WORDS, codes, ir.Constant(WORDS, None))
+            codes = call(builder, "llvm.smin.v16i32", WORDS, codes, words_of(255))
+            write(d, builder.trunc(codes, ir.VectorType(BYTE, LANES)), mask)
 
-        _vectors(builder, size, code)
+        vectors(builder, size, code)
         return context.get_dummy_value()
 
     place = types.uintp
@@ -128,50 +133,50 @@ def deliver(
         (_, sums, count, scale, zero, column_scales, column_sums, bias, activation, becomes,
          out) = arguments  # fmt: skip
 
-        def part(start: Any, block: int, kind: Any = _floats) -> Any:
-            return _load(builder, builder.add(start, _number(4 * LANES * block)), kind, 4)
+        def part(start: Any, block: int, kind: Any = FLOATS) -> Any:
+            return load(builder, builder.add(start, number(4 * LANES * block)), kind, 4)
 
         results = []
         for block in range(BLOCKS):
             if which == INT8:
                 # Exact up to the last two multiplications.
-                shift = builder.mul(_splat(builder, zero), part(column_sums, block, _words))
-                total = builder.sub(part(sums, block, _words), shift)
-                factor = builder.fmul(_splat(builder, scale), part(column_scales, block))
-                y = builder.fmul(builder.sitofp(total, _floats), factor)
+                shift = builder.mul(splat(builder, zero), part(column_sums, block, WORDS))
+                total = builder.sub(part(sums, block, WORDS), shift)
+                factor = times(builder, splat(builder, scale), part(column_scales, block))
+                y = times(builder, builder.sitofp(total, FLOATS), factor)
             else:
                 y = part(sums, block)
-            results.append(builder.fadd(y, part(bias, block)))
+            results.append(plus(builder, y, part(bias, block)))
         results = _activate(builder, results, activation)
 
-        def put(number: int, masks: Sequence[Any]) -> None:
-            item_bytes = _INPUT_BYTES[which] if number == INPUTS else 4
+        def put(purpose: int, masks: Sequence[Any]) -> None:
+            item_bytes = _INPUT_BYTES[which] if purpose == INPUTS else 4
             for block, (y, mask) in enumerate(zip(results, masks, strict=True)):
-                place = builder.add(out, _number(item_bytes * LANES * block))
-                if number == ADDED:
-                    y = builder.fadd(y, _load_some(builder, place, 4, mask))
-                elif number == INPUTS:
-                    y = _narrow(builder, y, item_bytes)
-                _store_some(builder, y, place, mask)
+                place = builder.add(out, number(item_bytes * LANES * block))
+                if purpose == ADDED:
+                    y = plus(builder, y, load_some(builder, place, 4, mask))
+                elif purpose == INPUTS:
+                    y = narrow(builder, y, item_bytes)
+                store_some(builder, y, place, mask)
 
         after = builder.append_basic_block()
-        numbers = (STORED, ADDED) if which == INT8 else (STORED, ADDED, INPUTS)
-        cases = {number: builder.append_basic_block() for number in numbers}
+        purposes = (STORED, ADDED) if which == INT8 else (STORED, ADDED, INPUTS)
+        cases = {purpose: builder.append_basic_block() for purpose in purposes}
         switch = builder.switch(becomes, cases[STORED])
-        for number in numbers[1:]:
-            switch.add_case(ir.Constant(becomes.type, number), cases[number])
-        lanes = ir.Constant(_words, list(range(LANES)))
-        for number, case in cases.items():
+        for purpose in purposes[1:]:
+            switch.add_case(ir.Constant(becomes.type, purpose), cases[purpose])
+        lanes = ir.Constant(WORDS, list(range(LANES)))
+        for purpose, case in cases.items():
             builder.position_at_end(case)
-            is_whole = builder.icmp_unsigned(">=", count, _number(BLOCKS * LANES))
+            is_whole = builder.icmp_unsigned(">=", count, number(BLOCKS * LANES))
             with builder.if_else(is_whole) as (all_of_them, some):
                 with all_of_them:
-                    put(number, [None] * BLOCKS)
+                    put(purpose, [None] * BLOCKS)
                 with some:
-                    left = builder.trunc(count, _word)
-                    put(number, [
+                    left = builder.trunc(count, WORD)
+                    put(purpose, [
                         builder.icmp_signed(
-                            "<", builder.add(lanes, _words_of(LANES * block)), _splat(builder, left)
+                            "<", builder.add(lanes, words_of(LANES * block)), splat(builder, left)
                         )
                         for block in range(BLOCKS)
                     ])  # fmt: skip
@@ -199,7 +204,7 @@ def _activate(builder: Any, values: Sequence[Any], activation: Any) -> list[Any]
         results.append(([function(builder, x) for x in values], builder.block))
         builder.branch(after)
     builder.position_at_end(after)
-    found = [builder.phi(_floats) for _ in values]
+    found = [builder.phi(FLOATS) for _ in values]
     for place, phi in enumerate(found):
         phi.add_incoming(values[place], before)
         for result, block in results:
@@ -208,22 +213,22 @@ def _activate(builder: Any, values: Sequence[Any], activation: Any) -> list[Any]
 
 
 def _relu(builder: Any, x: Any) -> Any:
-    zeros = ir.Constant(_floats, None)
+    zeros = ZEROS
     return builder.select(builder.fcmp_ordered("<", x, zeros), zeros, x)  # NaN stays
 
 
 def _gelu_tanh(builder: Any, x: Any) -> Any:
     """GELU by its tanh form, x * sigmoid(2 u) with u = sqrt(2 / pi) * (x + 0.044715 x^3)."""
-    one, zeros = _floats_of(1), ir.Constant(_floats, None)
-    square = builder.fmul(x, x)
-    slope = _multiply_add(
-        builder, square, _floats_of(1.5957691216 * 0.044715), _floats_of(1.5957691216)
+    one, zeros = floats_of(1), ZEROS
+    square = times(builder, x, x)
+    slope = multiply_add(
+        builder, square, floats_of(1.5957691216 * 0.044715), floats_of(1.5957691216)
     )
-    u = builder.fmul(x, slope)
+    u = times(builder, x, slope)
     is_positive = builder.fcmp_ordered(">", u, zeros)
-    e = _exp(builder, builder.select(is_positive, builder.fneg(u), u))  # at most 1, of either sign
+    e = exp(builder, builder.select(is_positive, builder.fneg(u), u))  # at most 1, of either sign
     top = builder.select(is_positive, one, e)
-    return builder.fmul(x, builder.fdiv(top, builder.fadd(one, e)))
+    return times(builder, x, over(builder, top, plus(builder, one, e)))
 
 
 def _gelu_erf(builder: Any, x: Any) -> Any:
@@ -231,13 +236,15 @@ def _gelu_erf(builder: Any, x: Any) -> Any:
 
     The complementary error function by Abramowitz and Stegun's formula 7.1.26.
     """
-    one, half = _floats_of(1), _floats_of(0.5)
-    z = builder.fmul(_call(builder, "llvm.fabs.v16f32", _floats, x), _floats_of(0.70710678))
-    t = builder.fdiv(one, _multiply_add(builder, z, _floats_of(0.3275911), one))
-    y = _floats_of(1.061405429)
+    one, half = floats_of(1), floats_of(0.5)
+    z = times(builder, call(builder, "llvm.fabs.v16f32", FLOATS, x), floats_of(0.70710678))
+    t = over(builder, one, multiply_add(builder, z, floats_of(0.3275911), one))
+    y = floats_of(1.061405429)
     for term in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        y = _multiply_add(builder, y, t, _floats_of(term))
-    y = builder.fmul(builder.fmul(y, t), _exp(builder, builder.fneg(builder.fmul(z, z))))  # erfc(z)
-    y = builder.fmul(y, half)
-    is_positive = builder.fcmp_ordered(">", x, ir.Constant(_floats, None))
-    return builder.fmul(x, builder.select(is_positive, builder.fsub(one, y), y))
+        y = multiply_add(builder, y, t, floats_of(term))
+    y = times(
+        builder, times(builder, y, t), exp(builder, builder.fneg(times(builder, z, z)))
+    )  # erfc(z)
+    y = times(builder, y, half)
+    is_positive = builder.fcmp_ordered(">", x, ZEROS)
+    return times(builder, x, builder.select(is_positive, minus(builder, one, y), y))

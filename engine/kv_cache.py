@@ -1,16 +1,17 @@
 """Where keys and values are stored, in blocks; who owns which block is `BlockManager`'s to say."""
 
 import math
-import mmap
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.cpu_memory import huge_pages
 from model.config import GPTConfig
 from weights.ledger import SCALE_BYTES
 
-# Kernels on a CPU read whole vectors, and so past the end of the last row.
-_SLACK_BYTES = 64
+# Kernels on a CPU read whole vectors of 16 rows, and so past the end of the last one.
+_SLACK_ROWS = 16
 
 LARGEST_FLOAT8 = 448.0  # of float8_e4m3fn, which has no infinity
 
@@ -82,6 +83,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     count = math.prod(shape)
-    pages = mmap.mmap(-1, count * dtype.itemsize + _SLACK_BYTES, flags=mmap.MAP_PRIVATE)
     num_bytes = count * dtype.itemsize
-    return torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes).view(dtype).view(shape)
+    slack = _SLACK_ROWS * (shape[-1] * dtype.itemsize + 64)
+    pages = huge_pages((num_bytes + slack,), np.uint8)
+    return torch.from_numpy(pages[:num_bytes]).view(dtype).view(shape)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.attention_cpu import (
-    ThreadRoom,
     attend_task,
-    expect_attend,
     expect_write,
     list_tiles,
+    share_out,
+    thread_room,
     write_task,
 )
 from engine.batch import NetworkOutput, Rows
@@ -46,7 +46,7 @@ _PHASES_A_LAYER = (
 )  # fmt: skip
 _PHASES_BEHIND = ("last rows", "last LayerNorm", "head", "best tokens")
 _ROWS_A_TASK = 4  # of those that are embedded, or whose keys and values are stored
-_TASKS_A_THREAD = 8  # of attention: enough of them to share out evenly
+_TAKES_A_THREAD = 16  # of attention's tasks: enough of them to share out evenly
 _FEW_ROWS = 64  # whose places in the KV cache the caches hold beside the weights
 
 _jitable = numba.extending.register_jitable
@@ -62,8 +62,7 @@ class Attention(NamedTuple):
     offsets: Array
     tables: Array
     tiles: Array
-    values: Array
-    keys: Array
+    room: Array
 
 
 @_jitable
@@ -90,23 +89,24 @@ def _attend(
     out: Any,
 ) -> None:  # fmt: skip
     """Attend with all rows and heads."""
-    num_pairs = len(attention.tiles) * attention.cache_k.shape[2]
-    # Many pairs a task, one after the other: what is asked for ahead is this thread's own next.
-    pairs_a_task = max(1, num_pairs // (_TASKS_A_THREAD * num_threads))
-    num_tasks = (num_pairs + pairs_a_task - 1) // pairs_a_task
+    num_several, num_parts, num_tasks = share_out(
+        attention.tiles, attention.cache_k.shape[2], num_threads
+    )
+    # Several at a time: threads that count together wait for each other's counting.
+    some = max(1, num_tasks // (_TAKES_A_THREAD * num_threads))
+    num_takes = (num_tasks + some - 1) // some
     while True:
-        task = take(counts, phase)
-        if task >= num_tasks:
+        taken = take(counts, phase)
+        if taken >= num_takes:
             break
-        for pair in range(task * pairs_a_task, min((task + 1) * pairs_a_task, num_pairs)):
-            expect_attend(pair + 1, layer, attention.cache_k, attention.tables, attention.tiles)
+        for task in range(taken * some, min((taken + 1) * some, num_tasks)):
             attend_task(
-                pair, thread, layer, attention.scales[layer], qkv, attention.cache_k,
-                attention.cache_v, attention.tables, attention.tiles, attention.values,
-                attention.keys, out,
+                task, num_several, num_parts, thread, layer, attention.scales[layer], qkv,
+                attention.cache_k, attention.cache_v, attention.tables, attention.tiles,
+                attention.room, out,
             )  # fmt: skip
         finish(counts, phase)
-    wait(counts, phase, num_tasks)
+    wait(counts, phase, num_takes)
 
 
 class Model(NamedTuple):
@@ -420,11 +420,11 @@ class FusedNetwork:
         )  # fmt: skip
         if num_threads != self._num_threads:
             self._num_threads = num_threads
-            self._room = ThreadRoom(config, num_threads=num_threads, length=config.n_ctx)
+            self._room = thread_room(config, num_threads=num_threads, length=config.n_ctx)
         self._slots = np.empty((2, num_rows), np.int64)
         self._attention = Attention(
             self._attention_scales, *self._cache, self._slots[0], self._slots[1], tables,
-            np.empty((num_tiles, 4), np.int64), self._room.values, self._room.keys,
+            np.empty((num_tiles, 4), np.int64), self._room,
         )  # fmt: skip
         self._kept = keep(self._name, (self._model, self._attention, self._space))
         self._key, self._tables = key, tables
