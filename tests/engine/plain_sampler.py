@@ -133,10 +133,11 @@ def beginning(order: list[int], scaled: np.ndarray, p: float) -> tuple[list[int]
     if p >= 1:
         return order, True
     masses = np.exp(scaled[order])
+    masses[masses < 1e-12] = 0  # too little for a unit of the engine's
     before = np.concatenate(([0], np.cumsum(masses)[:-1]))
     goal = p * masses.sum()
     count = max(1, int((before < goal).sum()))
     doubt = np.abs(before - goal)[1:] / max(goal, 1e-300)
-    exact = bool(np.all((masses == 1) | (masses < 1e-12)))  # equal masses add up without rounding
+    exact = bool(np.all((masses == 1) | (masses == 0)))  # equal masses add up without rounding
     is_clear = exact or not bool((doubt < 1e-5).any()) or goal == 0
     return order[:count], is_clear
