@@ -18,9 +18,9 @@ from torch import Tensor
 from engine.attention_cpu import CPUPagedAttention
 from engine.batch import Rows, Span
 from engine.kv_cache import KVCache
-from engine.layers_avx512 import FusedNetwork
 from engine.linear import PackedLinear
 from engine.linear_avx512 import FusedLinear
+from engine.network_avx512 import FusedNetwork
 from model.config import GPTConfig
 from model.gpt import GPT
 

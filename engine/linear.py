@@ -1,6 +1,6 @@
 """Matrix products as the engine runs them: weights packed once at load, where that pays.
 
-On a CPU with AVX-512, the network is one kernel of our own (`layers_avx512.py`). Without, oneDNN
+On a CPU with AVX-512, the network is one kernel of our own (`network_avx512.py`). Without, oneDNN
 takes the weights, packed in a layout of its own choosing, which `F.linear` would
 rearrange for every product. Both give a row the same bytes however many rows come with it, which
 `F.linear` does not (`tests/engine/test_linear.py` looks at every count).

@@ -14,9 +14,9 @@ from engine.attention_cpu import CPUPagedAttention
 from engine.batch import Array, NetworkOutput, Rows
 from engine.cuda_graph import AttentionFactory
 from engine.kv_cache import KVCache
-from engine.layers_avx512 import FusedNetwork
 from engine.linear import Head, can_fuse, pack
 from engine.linear_avx512 import PackedWeights
+from engine.network_avx512 import FusedNetwork
 from model.gpt import GPT
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from engine.batch import NetworkOutput, Rows, Span
 from engine.config import EngineConfig, LaunchConfig
 from engine.kv_cache import KVCache
-from engine.layers_avx512 import FusedNetwork
 from engine.linear import can_fuse
 from engine.linear_avx512 import FusedLinear
 from engine.loading import load_engine
 from engine.messages import TopLogprobs
+from engine.network_avx512 import FusedNetwork
 from engine.sampling_params import SamplingParams
 from model.attention import CausalAttention
 from model.config import Activation, GPTConfig
