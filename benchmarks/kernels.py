@@ -65,8 +65,9 @@ def products(rows: int, rounds: int) -> Table:
 
 
 def _rows(num_sequences: int, rows: int, length: int) -> Rows:
-    """The last rows of sequences of one length."""
-    tables = np.arange(1, num_sequences * 64 + 1, dtype=np.int32).reshape(num_sequences, 64)
+    """The last rows of sequences of one length, whose blocks lie anywhere."""
+    blocks = np.random.default_rng(0).permutation(num_sequences * 64) + 1
+    tables = blocks.astype(np.int32).reshape(num_sequences, 64)
     sequences = np.repeat(np.arange(num_sequences), rows)
     positions = np.tile(np.arange(length - rows, length), num_sequences)
     spans = tuple(Span(s, length - rows, length, length) for s in range(num_sequences))
