@@ -63,21 +63,18 @@ def list_tiles(positions: Any, sequences: Any, tiles: Any) -> Any:
 
 
 @_jitable
-def share_out(tiles: Any, num_heads: Any, num_threads: Any) -> Any:
-    """Say how a step's attention is cut: tiles of several rows, parts of each other, tasks in all.
+def share_out(num_several: Any, num_tiles: Any, num_heads: Any, num_threads: Any) -> Any:
+    """Say how a step's attention is cut: parts of each lone row, and tasks in all.
 
     Tiles of several rows take a head a task, and those of one sequence follow each other and find
     its keys still at hand. A lone row takes many heads at once: those of a block lie behind each
     other, so memory is read in long runs.
     """
-    num_several = 0
-    while num_several < len(tiles) and tiles[num_several, 1] > 1:
-        num_several += 1
-    num_lone = len(tiles) - num_several
+    num_lone = num_tiles - num_several
     num_parts = 1
     if num_lone > 0:
         num_parts = min(num_heads, (_PARTS_A_THREAD * num_threads + num_lone - 1) // num_lone)
-    return num_several, num_parts, num_several * num_heads + num_lone * num_parts
+    return num_parts, num_several * num_heads + num_lone * num_parts
 
 
 def thread_room(config: GPTConfig, *, num_threads: int, length: int) -> Array:
@@ -110,6 +107,7 @@ class CPUPagedAttention:
         positions, sequences = batch.positions.numpy(), batch.row_sequences.numpy()
         tiles = np.empty((len(positions), 4), np.int64)
         self.tiles = tiles[: _list_tiles(positions, sequences, tiles)]
+        self.num_several = int(np.count_nonzero(self.tiles[:, 1] > 1))
         num_threads = torch.get_num_threads()
         self.room = thread_room(config, num_threads=num_threads, length=int(positions.max()) + 1)
 
@@ -119,7 +117,7 @@ class CPUPagedAttention:
         team(torch.get_num_threads()).run(
             _attend, counters(2), view(torch.stack((q, k, v), 1).view(len(q), -1)), layer,
             np.float32(self._config.attention_scale(layer)), view(self.cache.k), view(self.cache.v),
-            self.blocks, self.offsets, self.tables, self.tiles, self.room,
+            self.blocks, self.offsets, self.tables, self.tiles, self.num_several, self.room,
             view(out.view(len(q), -1)),
         )  # fmt: skip
         return out
@@ -262,10 +260,10 @@ def _first_key(layer: Any, block: Any, head: Any, cache: Array) -> Any:
 def _attend(
     thread: Any, num_threads: Any, counts: Array, qkv: Array, layer: Any, scale: Any,
     cache_k: Array, cache_v: Array, blocks: Array, offsets: Array, tables: Array, tiles: Array,
-    room: Array, out: Array,
+    num_several: Any, room: Array, out: Array,
 ) -> None:  # fmt: skip
     num_rows = len(qkv)
-    num_several, num_parts, num_tasks = share_out(tiles, cache_k.shape[2], num_threads)
+    num_parts, num_tasks = share_out(num_several, len(tiles), cache_k.shape[2], num_threads)
     while True:
         row = take(counts, 0)
         if row >= num_rows:

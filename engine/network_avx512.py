@@ -62,6 +62,7 @@ class Attention(NamedTuple):
     offsets: Array
     tables: Array
     tiles: Array
+    num_several: int  # of the tiles, those of more than one row
     room: Array
 
 
@@ -89,8 +90,9 @@ def _attend(
     out: Any,
 ) -> None:  # fmt: skip
     """Attend with all rows and heads."""
-    num_several, num_parts, num_tasks = share_out(
-        attention.tiles, attention.cache_k.shape[2], num_threads
+    # By numbers that belong to the call: a thread that comes late sees other tiles already.
+    num_parts, num_tasks = share_out(
+        attention.num_several, len(attention.tiles), attention.cache_k.shape[2], num_threads
     )
     # Several at a time: threads that count together wait for each other's counting.
     some = max(1, num_tasks // (_TAKES_A_THREAD * num_threads))
@@ -101,7 +103,7 @@ def _attend(
             break
         for task in range(taken * some, min((taken + 1) * some, num_tasks)):
             attend_task(
-                task, num_several, num_parts, thread, layer, attention.scales[layer], qkv,
+                task, attention.num_several, num_parts, thread, layer, attention.scales[layer], qkv,
                 attention.cache_k, attention.cache_v, attention.tables, attention.tiles,
                 attention.room, out,
             )  # fmt: skip
@@ -333,7 +335,7 @@ class FusedNetwork:
         self._cache = view(cache.k), view(cache.v)
         self._name = f"network {kind} {self._cache[0].dtype}"
         self._scratch = Scratch()
-        self._key: tuple[int, ...] = ()
+        self._key: tuple[object, ...] = ()
         self._tables = np.empty((0, 0), np.int32)
         self._num_threads = 0
         self._counts = counters(0)
@@ -344,10 +346,13 @@ class FusedNetwork:
     ) -> NetworkOutput:
         """See `Network`. What it returns is there until the next call."""
         num_rows = num_tiles = len(rows.tokens)
+        num_several = 0
         if rows.spans:
-            num_tiles = sum(-(-(span.end - span.start) // ROWS) for span in rows.spans)
+            counts = [span.end - span.start for span in rows.spans]
+            num_tiles = sum(-(-count // ROWS) for count in counts)
+            num_several = num_tiles - sum(count % ROWS == 1 for count in counts)
         num_chosen = num_rows if chosen is None else len(chosen)
-        self._reserve(rows.block_tables, num_rows, num_chosen, num_tiles, wants_best)
+        self._reserve(rows.block_tables, num_rows, num_chosen, (num_tiles, num_several), wants_best)
         # New ones each time: a thread that comes late may still look at the last call's.
         self._counts = counters(self._num_phases)
         team(self._num_threads).run(
@@ -360,7 +365,7 @@ class FusedNetwork:
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Network`."""
         num_rows = len(hidden)
-        self._reserve(self._tables, num_rows, num_rows, 0, wants_best=False)
+        self._reserve(self._tables, num_rows, num_rows, (0, 0), wants_best=False)
         space = self._space._replace(x=hidden.numpy())
         kept = keep(self._name, (self._model, self._attention, space))
         team(self._num_threads).run(
@@ -389,9 +394,17 @@ class FusedNetwork:
         return phase_ends(self._counts)
 
     def _reserve(
-        self, tables: Array, num_rows: int, num_chosen: int, num_tiles: int, wants_best: bool
+        self,
+        tables: Array,
+        num_rows: int,
+        num_chosen: int,
+        num_tiles: tuple[int, int],
+        wants_best: bool,
     ) -> None:
-        """Make room for a step: one step of decoding is like the other, and finds it made."""
+        """Make room for a step: one step of decoding is like the other, and finds it made.
+
+        num_tiles is of tiles in all, and of those with several rows.
+        """
         num_threads = torch.get_num_threads()
         key = (num_rows, num_chosen, num_tiles, wants_best, num_threads)
         if key == self._key and tables is self._tables:
@@ -424,7 +437,7 @@ class FusedNetwork:
         self._slots = np.empty((2, num_rows), np.int64)
         self._attention = Attention(
             self._attention_scales, *self._cache, self._slots[0], self._slots[1], tables,
-            np.empty((num_tiles, 4), np.int64), self._room,
+            np.empty((num_tiles[0], 4), np.int64), num_tiles[1], self._room,
         )  # fmt: skip
         self._kept = keep(self._name, (self._model, self._attention, self._space))
         self._key, self._tables = key, tables
