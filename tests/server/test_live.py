@@ -272,9 +272,11 @@ def test_blocks_and_counts_are_as_before_when_all_have_left(server: LiveServer) 
 
 def test_timeout_s_ends_a_long_request(server: LiveServer) -> None:
     start = time.monotonic()
+    # Far more work than a fifth of a second holds, on any machine.
+    long = {"max_tokens": 1000, "n": 16, "logprobs": 5, "timeout_s": 0.2}
     with server.client() as client:
-        reply = client.post("/v1/completions", json=request(max_tokens=1000, timeout_s=0.2))
-    stream = server.open_stream(max_tokens=1000, timeout_s=0.2)
+        reply = client.post("/v1/completions", json=request(**long))
+    stream = server.open_stream(**long)
     stream.text()
     stream.close()
 
@@ -446,7 +448,7 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(start: Start) -> None:
 
 def test_what_outlasts_the_drain_ends_with_an_error_and_never_with_done(start: Start) -> None:
     server = start("--drain-seconds", "0.2")
-    stream = server.open_stream(max_tokens=1000, n=8, seed=4)
+    stream = server.open_stream(max_tokens=1000, n=16, logprobs=5, seed=4)
     worker = server.worker_pid
     events = stream.events()
     next(events)
