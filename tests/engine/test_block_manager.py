@@ -4,7 +4,7 @@ The state machine beside this file has them all at once. These tests and the sch
 cover every line and branch of both:
 
     python -m coverage run --include='engine/scheduler.py,engine/block_manager.py' \
-        -m pytest tests/engine/test_block_manager.py tests/engine/test_scheduler.py
+        -m pytest tests/engine/test_block_manager.py tests/engine/test_scheduler*.py
     python -m coverage report --fail-under=100
 """
 
