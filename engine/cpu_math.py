@@ -1,4 +1,4 @@
-"""Arithmetic that the CPU kernels share, written so that it vectorises; knows no model.
+"""How the CPU kernels are compiled and kept, and what they all share; knows no model.
 
 Plain functions to Python: the kernels close over them, and where a compiled function is closed
 over, numba's cache on disk never finds the kernel again.

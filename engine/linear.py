@@ -93,7 +93,6 @@ class Head(nn.Module):
         vocab_size: int,
         *,
         norm: nn.LayerNorm | None = None,
-        quantizes: bool = False,
     ) -> None:
         """Take the embedding's rows below `vocab_size`; those above are padding."""
         super().__init__()
@@ -102,8 +101,8 @@ class Head(nn.Module):
         self._dtype = weight.dtype
         self._product: nn.Module | None = None
         self._weight: Tensor | None = None
-        if can_fuse(weight.device, weight.dtype, quantizes=quantizes):
-            self._product = FusedLinear(weight, norm=norm, quantizes=quantizes)
+        if can_fuse(weight.device, weight.dtype):
+            self._product = FusedLinear(weight, norm=norm)
             self._dtype = torch.float32
             return
         self._norm = norm
