@@ -78,8 +78,7 @@ def _cache(rows: Rows, dtype: torch.dtype) -> KVCache:
     num_blocks = rows.block_tables.size + 1
     cache = KVCache(_CONFIG, num_blocks=num_blocks, block_size=16, dtype=dtype, device="cpu")
     # Memory that nobody wrote is the same page everywhere, and so in the nearest cache.
-    cache.k.fill_(1)
-    cache.v.fill_(1)
+    cache.kv.fill_(1)
     return cache
 
 

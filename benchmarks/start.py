@@ -40,7 +40,7 @@ class Memory:
     anonymous: int
     of_files: int
     weights: int  # as the server's own ledger has them
-    kv_cache: int  # what was ever written of it
+    kv_cache: int  # what has memory of it
 
     @property
     def rest(self) -> int:
@@ -130,14 +130,14 @@ def _memory(pid: int, said: str) -> Memory:
             name, number, *_ = line.split()
             if name in parts:
                 parts[name] += 1024 * int(number)
-    # The cache is two mappings, which the kernel may join: nothing else comes near their size.
+    # Nothing else comes near the cache's size.
     cache_bytes = _said(_CACHE, said)
     kv_cache = size = 0
     for line in Path(f"/proc/{worker}/smaps").read_text().splitlines():
         name, number, *_ = line.split()
         if name == "Size:":
             size = 1024 * int(number)
-        elif name == "Anonymous:" and size > 0.49 * cache_bytes:
+        elif name == "Anonymous:" and size > 0.99 * cache_bytes:
             kv_cache += 1024 * int(number)
     return Memory(
         anonymous=parts["Pss_Anon:"] + parts["Pss_Shmem:"],

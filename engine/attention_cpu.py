@@ -116,8 +116,8 @@ class CPUPagedAttention:
         out = torch.empty(q.shape, dtype=q.dtype)
         team(torch.get_num_threads()).run(
             _attend, counters(2), view(torch.stack((q, k, v), 1).view(len(q), -1)), layer,
-            np.float32(self._config.attention_scale(layer)), view(self.cache.k), view(self.cache.v),
-            self.blocks, self.offsets, self.tables, self.tiles, self.num_several, self.room,
+            np.float32(self._config.attention_scale(layer)), view(self.cache.kv), self.blocks,
+            self.offsets, self.tables, self.tiles, self.num_several, self.room,
             view(out.view(len(q), -1)),
         )  # fmt: skip
         return out
@@ -131,47 +131,41 @@ def _room_for_scores(length: Any) -> Any:
 
 @_jitable
 def write_task(
-    row: Any, layer: Any, qkv: Array, cache_k: Array, cache_v: Array, blocks: Array, offsets: Array
+    row: Any, layer: Any, qkv: Array, cache: Array, blocks: Array, offsets: Array
 ) -> None:
     """Store keys and values of one row, of qkv (N, 3 C), in its place of the cache.
 
     All rows of a step come before any `attend_task`: rows may share blocks filled right now.
     """
-    num_heads, block_size = cache_k.shape[2], cache_k.shape[3]
+    num_heads, block_size = cache.shape[3], cache.shape[4]
     width = qkv.shape[1] // 3
     size = width // num_heads
-    place = (np.intp(layer) * cache_k.shape[1] + blocks[row]) * num_heads * block_size
-    place += offsets[row]
+    key = _first_row(cache, blocks[row], layer, 0, 0) + offsets[row]
+    value = _first_row(cache, blocks[row], layer, 1, 0) + offsets[row]
     for head in range(num_heads):
-        number = place + head * block_size
-        keep(qkv, row, width + head * size, size, cache_k, number)
-        keep(qkv, row, 2 * width + head * size, size, cache_v, number)
+        keep(qkv, row, width + head * size, size, cache, key + head * block_size)
+        keep(qkv, row, 2 * width + head * size, size, cache, value + head * block_size)
 
 
 @_jitable
-def expect_write(row: Any, layer: Any, cache_k: Array, cache_v: Array, blocks: Array,
-    offsets: Array,
-) -> None:  # fmt: skip
+def expect_write(row: Any, layer: Any, cache: Array, blocks: Array, offsets: Array) -> None:
     """Ask for the places that `write_task` will write: long before, nobody waits for them."""
-    num_heads, block_size = cache_k.shape[2], cache_k.shape[3]
-    place = (np.intp(layer) * cache_k.shape[1] + blocks[row]) * num_heads * block_size
-    place += offsets[row]
-    for head in range(num_heads):
-        fetch(cache_k, place + head * block_size, 1)
-        fetch(cache_v, place + head * block_size, 1)
+    key = _first_row(cache, blocks[row], layer, 0, 0) + offsets[row]
+    for head in range(2 * cache.shape[3]):  # the values' heads follow the keys'
+        fetch(cache, key + head * cache.shape[4], 1)
 
 
 @_jitable
 def attend_task(
     task: Any, num_several: Any, num_parts: Any, thread: Any, layer: Any, scale: Any, qkv: Array,
-    cache_k: Array, cache_v: Array, tables: Array, tiles: Array, room: Array, out: Array,
+    cache: Array, tables: Array, tiles: Array, room: Array, out: Array,
 ) -> None:  # fmt: skip
     """Attend with the rows of a tile and some heads, of qkv (N, 3 C), into out (N, C).
 
     Which, says `task`, as `share_out` cuts them. `thread` says which of the `room`'s rows is the
     caller's alone. qkv and out are each float32 or bfloat16's bits.
     """
-    all_heads = cache_k.shape[2]
+    all_heads = cache.shape[3]
     if task < num_several * all_heads:
         first_head = task // num_several
         tile = task - first_head * num_several
@@ -186,8 +180,8 @@ def attend_task(
     first_row, num_rows, table = tiles[tile, 0], tiles[tile, 1], tiles[tile, 3]
     first_length = tiles[tile, 2] + 1  # keys that the first row sees
     length = first_length + num_rows - 1
-    size = qkv.shape[1] // 3 // cache_k.shape[2]
-    block_size = cache_k.shape[3]
+    size = qkv.shape[1] // 3 // all_heads
+    block_size = cache.shape[4]
     num_blocks = (length + block_size - 1) // block_size
     width = 1 if num_rows == 1 else ROWS
     stride = -(-size // LANES) * LANES
@@ -201,15 +195,15 @@ def attend_task(
             at = address(room, thread, queries + (head * width + row) * stride)
             ask(qkv, first_row + row, (first_head + head) * size, size, scale, at)
     for index in range(num_blocks):
-        begin = _first_key(layer, tables[table, index], first_head, cache_k)
+        begin = _first_row(cache, tables[table, index], layer, 0, first_head)
         after = begin
         if index + 1 < num_blocks:
-            after = _first_key(layer, tables[table, index + 1], first_head, cache_k)
+            after = _first_row(cache, tables[table, index + 1], layer, 0, first_head)
         count = min(block_size, length - index * block_size)
         for head in range(num_heads):
             at = scores + head * scores_each + index * block_size * width
             score(
-                num_rows, cache_k, begin + head * block_size, count,
+                num_rows, cache, begin + head * block_size, count,
                 _ahead(begin, after, head, num_heads, block_size),
                 address(room, thread, queries + head * width * stride), stride * 4, size,
                 address(room, thread, at),
@@ -220,15 +214,15 @@ def attend_task(
     for place in range(mixtures, factors):
         room[thread, place] = np.float32(0)
     for index in range(num_blocks):
-        begin = _first_key(layer, tables[table, index], first_head, cache_v)
+        begin = _first_row(cache, tables[table, index], layer, 1, first_head)
         after = begin
         if index + 1 < num_blocks:
-            after = _first_key(layer, tables[table, index + 1], first_head, cache_v)
+            after = _first_row(cache, tables[table, index + 1], layer, 1, first_head)
         count = min(block_size, length - index * block_size)
         for head in range(num_heads):
             at = scores + head * scores_each + index * block_size * width
             mix(
-                num_rows, cache_v, begin + head * block_size, count,
+                num_rows, cache, begin + head * block_size, count,
                 _ahead(begin, after, head, num_heads, block_size), address(room, thread, at),
                 first_length - index * block_size,
                 address(room, thread, mixtures + head * width * stride), stride * 4,
@@ -250,25 +244,25 @@ def _ahead(begin: Any, after: Any, head: Any, num_heads: Any, block_size: Any) -
 
 
 @_jitable
-def _first_key(layer: Any, block: Any, head: Any, cache: Array) -> Any:
-    """The number of a block's first row for one head, in the whole cache."""
-    block = np.intp(layer) * cache.shape[1] + np.intp(block)
-    return (block * cache.shape[2] + head) * cache.shape[3]
+def _first_row(cache: Array, block: Any, layer: Any, kind: Any, head: Any) -> Any:
+    """The number of a head's first row in a block: of its keys if kind is 0, or of its values."""
+    place = (np.intp(block) * cache.shape[1] + np.intp(layer)) * 2 + kind
+    return (place * cache.shape[3] + head) * cache.shape[4]
 
 
 @numba.njit(**KERNEL)
 def _attend(
     thread: Any, num_threads: Any, counts: Array, qkv: Array, layer: Any, scale: Any,
-    cache_k: Array, cache_v: Array, blocks: Array, offsets: Array, tables: Array, tiles: Array,
-    num_several: Any, room: Array, out: Array,
+    cache: Array, blocks: Array, offsets: Array, tables: Array, tiles: Array, num_several: Any,
+    room: Array, out: Array,
 ) -> None:  # fmt: skip
     num_rows = len(qkv)
-    num_parts, num_tasks = share_out(num_several, len(tiles), cache_k.shape[2], num_threads)
+    num_parts, num_tasks = share_out(num_several, len(tiles), cache.shape[3], num_threads)
     while True:
         row = take(counts, 0)
         if row >= num_rows:
             break
-        write_task(row, layer, qkv, cache_k, cache_v, blocks, offsets)
+        write_task(row, layer, qkv, cache, blocks, offsets)
         finish(counts, 0)
     wait(counts, 0, num_rows)
     while True:
@@ -276,7 +270,7 @@ def _attend(
         if task >= num_tasks:
             break
         attend_task(
-            task, num_several, num_parts, thread, layer, scale, qkv, cache_k, cache_v, tables,
+            task, num_several, num_parts, thread, layer, scale, qkv, cache, tables,
             tiles, room, out,
         )  # fmt: skip
         finish(counts, 1)

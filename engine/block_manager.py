@@ -33,6 +33,7 @@ class BlockManager:
     ) -> None:
         self.num_blocks = num_blocks  # the null block included
         self.block_size = block_size  # tokens
+        self.num_ever_used = 1  # blocks from the null block to the last one that was ever held
         self._enable_prefix_cache = enable_prefix_cache
         self._share_completion_blocks = share_completion_blocks
         self._key = blake2b(weights_id).digest()
@@ -181,6 +182,7 @@ class BlockManager:
             self._unclean.remove(block)
             self._blocks_to_clear.append(block)
         self._num_holders[block] = 1
+        self.num_ever_used = max(self.num_ever_used, block + 1)
         return block
 
     def _forget(self, block: int) -> None:

@@ -70,15 +70,16 @@ class Engine:
         self._scheduler = Scheduler(
             config, self._block_manager, n_ctx=self.n_ctx, eos_ids=eos_token_ids
         )
+        self._cache = KVCache(
+            model.config,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            dtype=kv_cache_dtype or weight.dtype,
+            device=weight.device,
+        )
         self._runner = ModelRunner(
             model,
-            KVCache(
-                model.config,
-                num_blocks=num_blocks,
-                block_size=config.block_size,
-                dtype=kv_cache_dtype or weight.dtype,
-                device=weight.device,
-            ),
+            self._cache,
             BatchBuilder(
                 self._block_manager,
                 max_num_sequences=config.max_num_sequences,
@@ -177,6 +178,13 @@ class Engine:
             if following is not None and self._ahead is not None:
                 recorder.start_step([sequence.seq_id for sequence in following.sequences])
         return output
+
+    def prepare_memory(self) -> bool:
+        """Get a little of the memory that coming requests will need, while there is nothing to do.
+
+        Takes some milliseconds. False if there is enough of it for a while.
+        """
+        return self._cache.prepare(self._block_manager.num_ever_used)
 
     def generate(
         self, prompt_ids: list[int], params: SamplingParams, *, num_choices: int = 1

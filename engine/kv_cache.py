@@ -13,14 +13,21 @@ from weights.ledger import SCALE_BYTES
 # Kernels on a CPU read whole vectors of 16 rows, and so past the end of the last one.
 _SLACK_ROWS = 16
 
+# Memory of a CPU that is made ready before it is needed: this much ahead, and so much at a time,
+# which takes milliseconds and keeps no request waiting.
+_AHEAD_BYTES = 2**29
+_PIECE_BYTES = 2**21
+
 LARGEST_FLOAT8 = 448.0  # of float8_e4m3fn, which has no infinity
 
 
 class KVCache:
-    """Keys and values of all layers: two tensors (n_layer, num_blocks, H, block_size, D).
+    """Keys and values of all layers: `kv` (num_blocks, n_layer, 2, H, block_size, D).
 
-    A head's tokens of one block lie next to each other, so that attention reads them in one run.
-    Block 0 is nobody's: padding may be written there.
+    A head's tokens of one block lie next to each other, so that attention reads them in one run. A
+    block's layers follow each other, so that new memory is needed a little at a time: the system
+    takes milliseconds for each large page of it. `k` and `v` are views (n_layer, num_blocks, H,
+    block_size, D). Block 0 is nobody's: padding may be written there.
 
     In int8, D codes are followed by the four bytes of their scale, a float32; only
     `CPUPagedAttention` reads and writes those. float8_e4m3fn has no scale: its steps are a
@@ -38,10 +45,26 @@ class KVCache:
         device: torch.device | str,
     ) -> None:
         row = config.head_size + (SCALE_BYTES if dtype == torch.int8 else 0)
-        shape = (config.n_layer, num_blocks, config.n_head, block_size, row)
-        self.k = _zeros(shape, dtype, torch.device(device))
-        self.v = _zeros(shape, dtype, torch.device(device))
+        shape = (num_blocks, config.n_layer, 2, config.n_head, block_size, row)
+        self.kv = _zeros(shape, dtype, torch.device(device))
+        self.k, self.v = self.kv.transpose(0, 1).unbind(2)
         self.block_size = block_size
+        self._num_ready = 0  # blocks from the first on that have memory
+
+    def prepare(self, num_used: int) -> bool:
+        """Have the system give a little memory for the blocks behind the `num_used` first ones.
+
+        Nobody may have written there yet. Returns False once there is enough for a while.
+        """
+        if self.kv.device.type != "cpu":
+            return False  # it has its memory from the start
+        block_bytes = self.kv[0].nbytes
+        first = max(num_used, self._num_ready)
+        if first >= min(len(self.kv), num_used + _AHEAD_BYTES // block_bytes):
+            return False
+        self._num_ready = first + max(1, _PIECE_BYTES // block_bytes)
+        _bits(self.kv)[first : self._num_ready] = 0
+        return True
 
     def write(self, layer: int, blocks: Tensor, offsets: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v (N, H, D) at `offsets` (N,) in `blocks` (N,) of one layer."""
@@ -55,18 +78,17 @@ class KVCache:
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that may hold NaN, which even a weight of zero would not silence."""
-        _bits(self.k)[:, blocks] = 0
-        _bits(self.v)[:, blocks] = 0
+        _bits(self.kv)[blocks] = 0
 
     @property
     def num_bytes(self) -> int:
         """What it takes when every block is in use."""
-        return self.k.nbytes + self.v.nbytes
+        return self.kv.nbytes
 
     def _as_stored(self, values: Tensor) -> Tensor:
-        if self.k.dtype == torch.float8_e4m3fn:  # too large is largest, and NaN stays what it is
+        if self.kv.dtype == torch.float8_e4m3fn:  # too large is largest, and NaN stays what it is
             values = values.clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8)
-        return values.to(self.k.dtype)
+        return values.to(self.kv.dtype)
 
 
 def _bits(values: Tensor) -> Tensor:

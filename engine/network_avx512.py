@@ -56,8 +56,7 @@ class Attention(NamedTuple):
     """What attention reads and writes beside queries, keys and values."""
 
     scales: Array  # (n_layer,) float32
-    cache_k: Array
-    cache_v: Array
+    cache: Array  # `KVCache.kv`
     blocks: Array
     offsets: Array
     tables: Array
@@ -77,7 +76,7 @@ def _write(counts: Any, phase: Any, layer: Any, qkv: Any, attention: Any) -> Non
             break
         for row in range(task * _ROWS_A_TASK, min((task + 1) * _ROWS_A_TASK, num_rows)):
             write_task(
-                row, layer, qkv, attention.cache_k, attention.cache_v, attention.blocks,
+                row, layer, qkv, attention.cache, attention.blocks,
                 attention.offsets,
             )  # fmt: skip
         finish(counts, phase)
@@ -92,7 +91,7 @@ def _attend(
     """Attend with all rows and heads."""
     # By numbers that belong to the call: a thread that comes late sees other tiles already.
     num_parts, num_tasks = share_out(
-        attention.num_several, len(attention.tiles), attention.cache_k.shape[2], num_threads
+        attention.num_several, len(attention.tiles), attention.cache.shape[3], num_threads
     )
     # Several at a time: threads that count together wait for each other's counting.
     some = max(1, num_tasks // (_TAKES_A_THREAD * num_threads))
@@ -104,7 +103,7 @@ def _attend(
         for task in range(taken * some, min((taken + 1) * some, num_tasks)):
             attend_task(
                 task, attention.num_several, num_parts, thread, layer, attention.scales[layer], qkv,
-                attention.cache_k, attention.cache_v, attention.tables, attention.tiles,
+                attention.cache, attention.tables, attention.tiles,
                 attention.room, out,
             )  # fmt: skip
         finish(counts, phase)
@@ -225,7 +224,7 @@ def _compile(kind: int, kept_name: str) -> Any:
         if len(tokens) > 0:
             _begin(
                 counts, 0, tokens, positions, sequences, model.wte, model.wpe, widened, x,
-                attention.cache_k.shape[3], attention.tables, attention.blocks, attention.offsets,
+                attention.cache.shape[4], attention.tables, attention.blocks, attention.offsets,
                 attention.tiles,
             )  # fmt: skip
         for layer in range(num_layers):
@@ -233,7 +232,7 @@ def _compile(kind: int, kept_name: str) -> Any:
             if len(x) <= _FEW_ROWS:
                 for row in range(thread, len(x), num_threads):
                     expect_write(
-                        row, layer, attention.cache_k, attention.cache_v, attention.blocks,
+                        row, layer, attention.cache, attention.blocks,
                         attention.offsets,
                     )  # fmt: skip
             prepare(counts, phase, x, attn.gain, attn.offset, layer, epsilon, inputs)
@@ -332,8 +331,8 @@ class FusedNetwork:
         scales = [config.attention_scale(layer) for layer in range(num_layers)]
         self._attention_scales = np.array(scales, np.float32)
         self._config = config
-        self._cache = view(cache.k), view(cache.v)
-        self._name = f"network {kind} {self._cache[0].dtype}"
+        self._cache = view(cache.kv)
+        self._name = f"network {kind} {self._cache.dtype}"
         self._scratch = Scratch()
         self._key: tuple[object, ...] = ()
         self._tables = np.empty((0, 0), np.int32)
@@ -436,7 +435,7 @@ class FusedNetwork:
             self._room = thread_room(config, num_threads=num_threads, length=config.n_ctx)
         self._slots = np.empty((2, num_rows), np.int64)
         self._attention = Attention(
-            self._attention_scales, *self._cache, self._slots[0], self._slots[1], tables,
+            self._attention_scales, self._cache, self._slots[0], self._slots[1], tables,
             np.empty((num_tiles[0], 4), np.int64), num_tiles[1], self._room,
         )  # fmt: skip
         self._kept = keep(self._name, (self._model, self._attention, self._space))

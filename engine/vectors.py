@@ -75,7 +75,7 @@ def address(context: Any, array: Any, row: Any, column: Any) -> Any:
 
 
 class _Cache:
-    """A cache array (layers, blocks, H, block_size, ...) in IR: rows of D numbers of some type.
+    """A cache array (blocks, layers, 2, H, block_size, ...) in IR: rows of D numbers of some type.
 
     float32, bfloat16 as bits, or 8-bit codes; behind those lies the scale of the row, a float32.
     """
@@ -83,7 +83,7 @@ class _Cache:
     def __init__(self, context: Any, builder: Any, kind: Any, array: Any) -> None:
         made = context.make_array(kind)(context, builder, array)
         self.data = builder.ptrtoint(made.data, SIZE)
-        self.row_bytes = builder.extract_value(made.strides, 3)
+        self.row_bytes = builder.extract_value(made.strides, 4)
         self.item_bytes = numpy_support.as_dtype(kind.dtype).itemsize
         self.has_scales = self.item_bytes == 1
         self._builder = builder

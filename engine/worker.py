@@ -102,7 +102,8 @@ def serve(
     """The loop: what arrived, one step, one frame."""
     while True:
         has_aborted = False
-        for frame in inbox.take(wait=engine.is_idle):
+        may_wait = engine.is_idle and not engine.prepare_memory()
+        for frame in inbox.take(wait=may_wait):
             if isinstance(frame, Submit):
                 # On the record: a request may also be the death of us before its first step.
                 # One choice names it: there may be more than the record, or a step, has room for.

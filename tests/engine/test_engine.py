@@ -251,6 +251,21 @@ def test_preempted_equals_undisturbed(undisturbed: tuple[torch.dtype, list[Resul
     assert [r[0].drawn for r in results] == [r.drawn for r in expected]
 
 
+def test_memory_got_while_idle_disturbs_nothing_that_is_kept() -> None:
+    prompt = random_prompt(30, seed=4)
+    request = Request(prompt, SamplingParams(max_tokens=9, seed=2, ignore_eos=True))
+    engine = make_engine()
+    first = run(engine, [request])[0][0]
+
+    assert engine.prepare_memory()
+    while engine.prepare_memory():
+        pass
+
+    second = run(engine, [Request([1], request.params), request])[1][0]  # under another id
+    assert second.num_cached_tokens == 28
+    assert second.drawn == first.drawn
+
+
 def test_a_prefix_hit_equals_undisturbed(undisturbed: tuple[torch.dtype, list[Result]]) -> None:
     dtype, expected = undisturbed
     engine = make_engine(dtype=dtype)

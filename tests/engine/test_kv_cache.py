@@ -1,6 +1,7 @@
 """What a cache takes, and that a coarser one predicts as well."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,37 @@ def test_cleared_blocks_of_eight_bits_are_zeros() -> None:
 
     assert not cache.k[:, 1].any()
     assert cache.k[:, 2].all()
+
+
+def test_memory_is_got_ahead_of_use_and_no_block_in_use_is_touched() -> None:
+    config = tiny_config(n_layer=12, n_embd=256)
+    cache = KVCache(config, num_blocks=2000, block_size=16, dtype=torch.float32, device="cpu")
+    block_bytes = cache.num_bytes // 2000
+    cache.kv[:300] = 1
+    before = _resident_bytes()
+
+    pieces = 0
+    while cache.prepare(300):
+        pieces += 1
+
+    assert (cache.kv[:300] == 1).all()
+    got = _resident_bytes() - before
+    assert 2**29 - 2**25 < got < 2**29 + 2**25  # the tests' process does other things too
+    assert 2**29 / pieces < 2**21 + block_bytes  # a request waits for no more
+    assert cache.prepare(301)  # and goes on when more is in use
+
+
+def test_there_is_an_end_to_the_memory_got_ahead() -> None:
+    cache = KVCache(tiny_config(), num_blocks=9, block_size=4, dtype=torch.int8, device="cpu")
+
+    assert cache.prepare(4)
+    assert not cache.prepare(4)
+    assert not cache.prepare(9)
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def scores(

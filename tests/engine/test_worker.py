@@ -16,6 +16,7 @@ from engine.messages import (
     StepOutput,
     Submit,
     TokenOutput,
+    ToWorker,
     pack,
     unpack_from_worker,
 )
@@ -76,3 +77,32 @@ def test_out_of_memory_ends_one_sequence_and_not_the_worker() -> None:
         assert mine == expected[seq_id].token_ids
     assert recorder.seq_ids_in_step() == []  # nobody is suspected of a death
     recorder.close()
+
+
+def test_an_idle_worker_gets_memory_ahead_and_then_waits() -> None:
+    ours, theirs = socket.socketpair()
+    engine = make_engine()
+    inbox = Inbox(theirs)
+    has_waited = threading.Event()
+    take = inbox.take
+
+    def watched(*, wait: bool) -> list[ToWorker]:
+        if wait:
+            has_waited.set()
+        return take(wait=wait)
+
+    inbox.take = watched  # type: ignore[method-assign]
+
+    def work() -> None:
+        recorder = FlightRecorder.create(max_num_sequences=16)
+        with pytest.raises(EOFError), theirs:
+            serve(engine, inbox, theirs, recorder)
+        recorder.close()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    assert has_waited.wait(60)
+    ours.close()
+    worker.join()
+
+    assert not engine.prepare_memory()
