@@ -47,7 +47,7 @@ class KVCache:
         row = config.head_size + (SCALE_BYTES if dtype == torch.int8 else 0)
         shape = (num_blocks, config.n_layer, 2, config.n_head, block_size, row)
         self.kv = _zeros(shape, dtype, torch.device(device))
-        self.k, self.v = self.kv.transpose(0, 1).unbind(2)
+        self.k, self.v = (self.kv[:, :, kind].transpose(0, 1) for kind in (0, 1))
         self.block_size = block_size
         self._num_ready = 0  # blocks from the first on that have memory
 
