@@ -12,6 +12,10 @@ THREADS_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 # and what an H200 computes in a millisecond.
 _STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 
+# Of these, prompts get so much of a step in which others decode, whose tokens then wait less; a
+# little more each costs next to nothing, and much less would leave the weights read for few rows.
+_PROMPT_SHARE = 5 / 8
+
 # What keys and values may be stored in; which of them where, `engine.loading` knows.
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "float8")
 
@@ -59,6 +63,11 @@ class EngineConfig:
     def step_tokens(self) -> int:
         """The most tokens of a step: as many as were asked for, or as a CPU should have."""
         return self.max_num_scheduled_tokens or max(_STEP_TOKENS["cpu"], self.max_num_sequences)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The most tokens of prompts in a step in which other sequences decode."""
+        return max(1, int(_PROMPT_SHARE * self.step_tokens))
 
     def for_device(self, device_type: str) -> "EngineConfig":
         """Decide what was left to the device."""

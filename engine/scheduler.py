@@ -152,7 +152,8 @@ class Scheduler:
         """Choose the rows of the next step: running sequences first, then waiting ones.
 
         Every running sequence gets one token; what is left of the budget goes to those that
-        want more, oldest first. So a long prompt delays the others by a chunk at most. A batch
+        want more, oldest first, and beside others that decode it is smaller. So a long prompt
+        delays the others by a chunk at most. A batch
         without rows, which needs neither `update` nor `fail`, means that nothing is left to do.
 
         A sequence that gets fewer tokens than it wants has used the budget up. Hence at most one
@@ -164,6 +165,8 @@ class Scheduler:
         batch = ScheduledBatch()
         num_preempted = self._grow_running()
         budget = self._config.step_tokens - len(self._running)
+        if any(s.num_tokens == s.num_computed_tokens + 1 for s in self._running):
+            budget = min(budget, self._config.prompt_tokens)
         for sequence in self._running:
             num_extra = min(sequence.num_tokens - sequence.num_computed_tokens - 1, budget)
             budget -= num_extra

@@ -236,8 +236,18 @@ class SimulatedEngine:
                 for num_rounds in (batch.num_rounds, sequence.max_num_rounds)
             )
             assert least <= num_held <= most, "it exactly fits"
+        num_running = len(batch.sequences) - batch.num_admitted
+        num_of_prompts = sum(batch.num_scheduled_tokens) - num_running
+        decodes = any(
+            sequence.num_tokens == sequence.num_computed_tokens + 1
+            for sequence in batch.sequences[:num_running]
+        )
+        if decodes:
+            assert num_of_prompts <= self.config.prompt_tokens
         if is_cut:
-            assert batch.num_tokens == self.config.step_tokens, "the budget is used"
+            is_used = batch.num_tokens == self.config.step_tokens
+            is_used |= decodes and num_of_prompts == self.config.prompt_tokens
+            assert is_used, "the budget is used"
         return batch
 
     def _check_rounds(self, batch: ScheduledBatch) -> None:

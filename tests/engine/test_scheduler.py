@@ -78,6 +78,19 @@ def test_a_step_holds_the_token_budget_and_chunks_what_exceeds_it() -> None:
     assert chunks == [(8, []), (8, []), (4, [0])]
 
 
+def test_beside_a_sequence_that_decodes_prompts_get_part_of_a_step() -> None:
+    engine = make_engine(max_num_scheduled_tokens=16)
+    engine.add([1], params=endless())
+    engine.add([2] * 40)
+
+    batch = engine.schedule()
+    chunks = [scheduled(batch)]
+    execute(engine, batch, set())
+    chunks.append(scheduled(engine.schedule()))
+
+    assert chunks == [{0: 1, 1: 15}, {0: 1, 1: 11}]  # 1 and 5/8 of 16
+
+
 def test_a_step_holds_the_sequence_budget() -> None:
     engine = make_engine(max_num_sequences=2)
     for _ in range(3):
