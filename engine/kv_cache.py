@@ -13,8 +13,9 @@ from weights.ledger import SCALE_BYTES
 # Kernels on a CPU read whole vectors of 16 rows, and so past the end of the last one.
 _SLACK_ROWS = 16
 
-# Memory of a CPU that is made ready before it is needed: this much ahead, and so much at a time,
-# which takes milliseconds and keeps no request waiting.
+# Memory of a CPU that is got before it is needed: for so many full contexts, but no more than some
+# bytes; and so much at a time, which takes milliseconds and keeps no request waiting.
+_AHEAD_CONTEXTS = 16
 _AHEAD_BYTES = 2**29
 _PIECE_BYTES = 2**21
 
@@ -49,6 +50,8 @@ class KVCache:
         self.kv = _zeros(shape, dtype, torch.device(device))
         self.k, self.v = (self.kv[:, :, kind].transpose(0, 1) for kind in (0, 1))
         self.block_size = block_size
+        blocks_of_contexts = _AHEAD_CONTEXTS * -(-config.n_ctx // block_size)
+        self._num_ahead = min(blocks_of_contexts, _AHEAD_BYTES // self.kv[0].nbytes)
         self._num_ready = 0  # blocks from the first on that have memory
 
     def prepare(self, num_used: int) -> bool:
@@ -58,11 +61,10 @@ class KVCache:
         """
         if self.kv.device.type != "cpu":
             return False  # it has its memory from the start
-        block_bytes = self.kv[0].nbytes
         first = max(num_used, self._num_ready)
-        if first >= min(len(self.kv), num_used + _AHEAD_BYTES // block_bytes):
+        if first >= min(len(self.kv), num_used + self._num_ahead):
             return False
-        self._num_ready = first + max(1, _PIECE_BYTES // block_bytes)
+        self._num_ready = first + max(1, _PIECE_BYTES // self.kv[0].nbytes)
         _bits(self.kv)[first : self._num_ready] = 0
         return True
 

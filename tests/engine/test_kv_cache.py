@@ -39,7 +39,7 @@ def test_cleared_blocks_of_eight_bits_are_zeros() -> None:
 
 
 def test_memory_is_got_ahead_of_use_and_no_block_in_use_is_touched() -> None:
-    config = tiny_config(n_layer=12, n_embd=256)
+    config = tiny_config(n_layer=12, n_embd=256, n_ctx=2048)
     cache = KVCache(config, num_blocks=2000, block_size=16, dtype=torch.float32, device="cpu")
     block_bytes = cache.num_bytes // 2000
     cache.kv[:300] = 1
@@ -57,11 +57,20 @@ def test_memory_is_got_ahead_of_use_and_no_block_in_use_is_touched() -> None:
 
 
 def test_there_is_an_end_to_the_memory_got_ahead() -> None:
-    cache = KVCache(tiny_config(), num_blocks=9, block_size=4, dtype=torch.int8, device="cpu")
+    config = tiny_config(n_layer=12, n_embd=256, n_ctx=64)  # so 16 contexts are 256 blocks of 4
+    cache = KVCache(config, num_blocks=400, block_size=4, dtype=torch.float32, device="cpu")
+    cache.kv.fill_(1)
 
-    assert cache.prepare(4)
-    assert not cache.prepare(4)
-    assert not cache.prepare(9)
+    while cache.prepare(10):
+        pass
+    touched = (cache.kv[:, 0, 0, 0, 0, 0] == 0).nonzero().flatten().tolist()
+    assert touched[0] == 10
+    assert 10 + 256 <= len(touched) + 10 < 10 + 256 + 2**21 // (cache.num_bytes // 400)
+
+    while cache.prepare(399):
+        pass
+    assert cache.kv[399].eq(0).all()
+    assert cache.kv[:10].eq(1).all()
 
 
 def _resident_bytes() -> int:
