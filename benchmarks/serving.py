@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 from rich.table import Table
 
 PERCENTILES = (50, 90, 95, 99)
-_LINE_BYTES = 2**22  # longest line of a stream
+_RECEIVE_BYTES = 2**18
+_END = b"\ndata: [DONE]"  # in no event: there a line's end is written as two characters
 _WORDS = ("the", "and", "a", "to", "of", "in", "was", "that", "he", "she", "said", "king", "house")
 
 
@@ -64,6 +65,7 @@ class StreamResult:
     """What one client saw; times in seconds on the benchmark's clock."""
 
     started_at: float
+    pieces: list[tuple[float, bytes]] = dataclasses.field(default_factory=list)  # not yet looked at
     arrivals: list[float] = dataclasses.field(default_factory=list)  # of chunks with text
     ended_at: float = 0.0
     num_tokens: int = 0  # by `usage`, else chunks with text
@@ -106,7 +108,10 @@ async def measure_serving(
     start = time.perf_counter()
     loop = _closed_loop if config.rate is None else _open_loop
     results = await loop(config, send, prompts, numbers)
-    return report(config, model, results, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    for result in results:
+        _look_at(result)
+    return report(config, model, results, seconds)
 
 
 Send = Callable[[str], Awaitable[StreamResult]]
@@ -151,7 +156,7 @@ async def _exchange(
     is_tls = parts.scheme == "https"
     base = parts.path.rstrip("/").removesuffix("/v1")
     reader, writer = await asyncio.open_connection(
-        parts.hostname, parts.port or (443 if is_tls else 80), ssl=is_tls, limit=_LINE_BYTES
+        parts.hostname, parts.port or (443 if is_tls else 80), ssl=is_tls, limit=_RECEIVE_BYTES
     )
     key = f"Authorization: Bearer {config.api_key}\r\n" if config.api_key else ""
     writer.write(
@@ -191,7 +196,10 @@ async def _first_model(config: LoadConfig) -> str:
 
 
 async def stream_completion(config: LoadConfig, model: str, prompt: str) -> StreamResult:
-    """Stream one completion and note when its text came. Failures are in the result."""
+    """Stream one completion and note when something came, for `_look_at`.
+
+    Failures are in the result.
+    """
     body = {
         "model": model,
         "prompt": prompt,
@@ -213,38 +221,62 @@ async def stream_completion(config: LoadConfig, model: str, prompt: str) -> Stre
                     said = (await reader.read(500)).decode(errors="replace")
                     result.error = f"status {status}: {said}"
                 else:
-                    result.error = await _read_events(reader, result)
+                    await _receive(reader, result)
             finally:
                 writer.close()
-    except (OSError, TimeoutError, ValueError) as error:
+    except (OSError, TimeoutError) as error:
         result.error = str(error) or "timeout"
-    except (KeyError, TypeError, AttributeError):
-        result.error = "the stream has events of another shape than OpenAI's"
     result.ended_at = time.perf_counter()
-    if result.error is None and not result.arrivals:
-        result.error = "a stream without text"
     return result
 
 
-async def _read_events(reader: asyncio.StreamReader, result: StreamResult) -> str | None:
-    """Read a stream to its end; what went wrong, if anything."""
-    async for line in reader:
-        if not line.startswith(b"data:"):
-            continue
-        data = line[5:].strip()
-        now = time.perf_counter()
-        if data == b"[DONE]":
-            return None
-        event = json.loads(data)
-        if "error" in event:
-            return json.dumps(event["error"])
-        if any(choice.get("text") for choice in event.get("choices", ())):
-            result.arrivals.append(now)
-            result.num_tokens += 1
-        usage = event.get("usage")
-        if usage:
-            result.num_tokens = usage["completion_tokens"]
-    return "the stream ended without [DONE]"
+async def _receive(reader: asyncio.StreamReader, result: StreamResult) -> None:
+    """Take a stream to its end, as it comes."""
+    last = b""
+    while data := await reader.read(_RECEIVE_BYTES):
+        result.pieces.append((time.perf_counter(), data))
+        last = last[-len(_END) :] + data
+        if _END in last:
+            return
+    result.error = "the stream ended without [DONE]"
+
+
+def _look_at(result: StreamResult) -> None:
+    """Find out what came when, in the order in which it came.
+
+    Afterwards: who measures runs on the server's machine, and would keep it from its work.
+    """
+    pieces, result.pieces = result.pieces, []
+    try:
+        error = _find_events(pieces, result)
+    except ValueError as broken:
+        error = f"an event that is no JSON: {broken}"
+    except (KeyError, TypeError, AttributeError):
+        error = "the stream has events of another shape than OpenAI's"
+    result.error = error or result.error
+    if result.error is None and not result.arrivals:
+        result.error = "a stream without text"
+
+
+def _find_events(pieces: list[tuple[float, bytes]], result: StreamResult) -> str | None:
+    """Go through a stream; what its server says went wrong, if anything."""
+    rest = b""
+    for arrived_at, data in pieces:
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            content = line[5:].strip()
+            if not line.startswith(b"data:") or content == b"[DONE]":
+                continue
+            event = json.loads(content)
+            if "error" in event:
+                return json.dumps(event["error"])
+            if any(choice.get("text") for choice in event.get("choices", ())):
+                result.arrivals.append(arrived_at)
+                result.num_tokens += 1
+            usage = event.get("usage")
+            if usage:
+                result.num_tokens = usage["completion_tokens"]
+    return None
 
 
 def report(
