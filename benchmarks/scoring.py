@@ -19,11 +19,13 @@ from rich.table import Table
 from benchmarks.decode import random_prompts
 from engine.config import EngineConfig, LaunchConfig
 from engine.engine import Engine
-from engine.linear import Head
+from engine.kv_cache import KVCache
 from engine.loading import load_engine
 from engine.messages import Choice, Submit
+from engine.network import Network, make_network
 from engine.sampling_params import SamplingParams
 from weights.checkpoint import load
+from weights.layout import read_layout
 
 
 def measure_prompts(
@@ -50,13 +52,22 @@ def measure_prompts(
     return time.perf_counter() - start
 
 
-def measure_head(head: Head, hidden: torch.Tensor) -> float:
+def load_network(path: Path, dtype: torch.dtype, vocab_size: int) -> Network:
+    """The model as the engine runs it, for its head: the cache is next to nothing."""
+    model = load(path, device="cpu", dtype=dtype)
+    cache = KVCache(model.config, num_blocks=2, block_size=16, dtype=dtype, device="cpu")
+    return make_network(
+        model, cache, vocab_size=vocab_size, attention=None, use_triton=False, quantizes=False,
+        same_bytes=True, fuses=True,
+    )  # fmt: skip
+
+
+def measure_head(network: Network, hidden: torch.Tensor) -> float:
     """Seconds that the logits of all rows (N, C) take, in as many products as steps would make."""
     most = EngineConfig().step_tokens
     start = time.perf_counter()
-    with torch.inference_mode():
-        for first in range(0, len(hidden), most):
-            head(hidden[first : first + most])
+    for first in range(0, len(hidden), most):
+        network.logits(hidden[first : first + most])
     return time.perf_counter() - start
 
 
@@ -75,9 +86,9 @@ def main() -> None:
     console = Console()
     engine, ready = load_engine(LaunchConfig(model=str(arguments.model), dtype=arguments.dtype))
     prompts = random_prompts(arguments.prompts, arguments.tokens, engine.vocab_size)
-    model = load(arguments.model, device="cpu", dtype=torch.float32)
-    head = Head(model.wte.weight, engine.vocab_size)
-    hidden = torch.randn(arguments.tokens, model.config.n_embd)
+    dtype = torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32
+    network = load_network(arguments.model, dtype, engine.vocab_size)
+    hidden = torch.randn(arguments.tokens, read_layout(arguments.model).config.n_embd)
     console.print(
         f"{arguments.model}, {ready.device}, {arguments.dtype}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads; {arguments.prompts} prompts of {arguments.tokens} "
@@ -88,11 +99,11 @@ def main() -> None:
     in_head: list[float] = []
     for kind in kinds:  # warm: kernels, allocator
         measure_prompts(engine, prompts[:1], prompt_logprobs=kind)
-    measure_head(head, hidden)
+    measure_head(network, hidden)
     for _ in range(arguments.rounds):
         for kind in kinds:
             seconds[kind].append(measure_prompts(engine, prompts, prompt_logprobs=kind))
-        in_head.append(arguments.prompts * measure_head(head, hidden))
+        in_head.append(arguments.prompts * measure_head(network, hidden))
 
     prefill, product = statistics.median(seconds[None]), statistics.median(in_head)
     num_tokens = arguments.prompts * arguments.tokens

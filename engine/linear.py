@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.fused_avx512 import BFLOAT16, FLOAT32, INT8
-from engine.linear_avx512 import FusedLinear, has_avx512
+from engine.linear_avx512 import has_avx512
 from model.config import Activation
 from model.gpt import ACTIVATIONS, GPT, Block
 
@@ -96,28 +96,18 @@ class Head(nn.Module):
     ) -> None:
         """Take the embedding's rows below `vocab_size`; those above are padding."""
         super().__init__()
-        self._norm: nn.LayerNorm | None = None
-        weight = weight.detach()[:vocab_size]
-        self._dtype = weight.dtype
-        self._product: nn.Module | None = None
-        self._weight: Tensor | None = None
-        if can_fuse(weight.device, weight.dtype):
-            self._product = FusedLinear(weight, norm=norm)
-            self._dtype = torch.float32
-            return
         self._norm = norm
-        # Others round their products to the precision of the model, which is too coarse for logits.
-        self._dtype = torch.float32
-        if can_pack(weight.device, torch.float32):
-            self._product = PackedLinear(weight.float(), None)
-        else:
-            self._weight = weight.float()
+        # Products in the precision of the model are rounded to it, which is too coarse for logits.
+        weight = weight.detach()[:vocab_size].float()
+        is_packed = can_pack(weight.device, weight.dtype)
+        self._product = PackedLinear(weight, None) if is_packed else None
+        self._weight = None if is_packed else weight
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden (R, C) to logits (R, vocab_size) in float32."""
         if self._norm is not None:
             hidden = self._norm(hidden)
-        hidden = hidden.to(self._dtype)
+        hidden = hidden.float()
         if self._weight is not None:
             return F.linear(hidden, self._weight)
         assert self._product is not None
