@@ -1,16 +1,16 @@
 """A draw from one row of logits in a CPU's kernels: the tokens of `engine.draw`, and no sort.
 
-Four facts spare most of the work, and none of them is an approximation:
+Five facts spare most of the work, and none of them is an approximation:
 
 - The highest logit of every 64 neighbouring ids, which the search for the best finds anyway, tells
   which ids a threshold leaves out.
 - Noise is finite. A token further below the best than its range can make up for never wins.
 - A loud token, one whose noise has the highest top byte (one in 256), beats every token that is
-  neither loud nor a good deal more probable. So of most noise only the top byte is computed, which
-  is a sixteenth of a block of the generator.
+  neither loud nor a good deal more probable. So of most noise only the top byte is computed.
 - A filter that keeps a beginning of an order needs no order. Draw without it; if too many tokens,
   or too much mass, come before the winner, the filter ends before it, and the draw is repeated
   among the tokens before it. The winner among more tokens, if kept, is the winner among the kept.
+- Whether too much mass comes before the winner, an estimate with known bounds nearly always tells.
 
 Masses are whole numbers and add up to the same in any order; everything else is elementwise, a
 maximum or a comparison.
@@ -24,26 +24,35 @@ import torch
 
 from engine.cpu_math import EXACT
 from engine.draw import MASSLESS, POWERS_OF_TWO, UNIT_BITS, WEIGHTLESS
-from engine.noise_cpu import find_top_bytes, noise_of
+from engine.noise_cpu import bits_of, gumbel_of, make_noise, top_byte
 from engine.random_stream import LOUD, MAX_NOISE, MIN_NOISE, gumbel
 
 BLOCK = np.uintp(64)  # neighbouring ids
-GROUPS = np.uintp(4)  # of 16 ids a block, whose top bytes come of one counter
 LEAST = np.int32(-(2**31))  # no rank is lower
 _INFINITE = np.int32(0x7F800000)  # the bits, and the rank, of infinity
 _MINUS_INFINITE = np.int32(-0x7F800001)  # the rank
 _MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits but the sign
-_LOUD = np.uint32(LOUD)
-# No noise with a top byte is above this.
-_LOUDEST = gumbel(torch.arange(256) << 15 | 0x7FFF).numpy().astype(np.float64)
-_QUIET = np.float64(_LOUDEST[LOUD - 1])
+_LOUD = np.uint64(LOUD)
+# No noise with a top byte is above this, and no loud noise with the byte of its bits that follows.
+_HIGHEST = gumbel(torch.arange(256) << 15 | 0x7FFF).numpy().astype(np.float64)
+_HIGHEST_LOUD = gumbel(LOUD << 15 | torch.arange(256) << 7 | 0x7F).numpy().astype(np.float64)
+_QUIET = np.float64(_HIGHEST[LOUD - 1])
 INFINITY = np.float64(np.inf)
 # Added to a float, they leave it rounded to a whole number, ties to even, in its low bits.
 _SHIFT, _LONG_SHIFT = np.float32(1.5 * 2**23), np.float64(1.5 * 2**52)
 _SHIFT_BITS, _LONG_SHIFT_BITS = _SHIFT.view(np.int32), _LONG_SHIFT.view(np.int64)
 _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(value) for value in POWERS_OF_TWO)
 
+_TERM = np.uintp(1024)  # tokens whose estimated masses are added up in float32
+# The most that an estimate is wrong by, as a part of itself: 0.0008 by its polynomial and 0.0001 by
+# the order of its sum, whichever; and beside that, of the first token's mass: by what is rounded to
+# whole units or was less than any.
+_WRONG, _LOST = 0.001, 1e-5
+
 _compiled = numba.njit(**EXACT)
+# Sums in any order: nothing else in such a function may depend on it.
+_reordered = numba.njit(**EXACT, fastmath={"reassoc"})
+_contracted = numba.njit(**EXACT, fastmath={"contract"})
 _inlined = numba.njit(inline="always")
 
 
@@ -107,20 +116,31 @@ def is_finite_row(best: Any, largest: Any) -> Any:
 
 
 @_inlined
+def _highest(logits: Any, begin: Any, end: Any) -> Any:
+    """Find the highest rank and the largest magnitude from one place to another."""
+    peak, largest = LEAST, np.int32(0)
+    for at in range(begin, end):
+        rank = rank_of(logits[at])
+        peak = rank if rank > peak else peak
+        bits = magnitude(logits[at])
+        largest = bits if bits > largest else largest
+    return peak, largest
+
+
+@_inlined
 def find_peaks(logits: Any, first: Any, size: Any, peaks: Any) -> Any:
     """Find the highest rank of each block and of all; `LEAST` if that is not a finite logit's."""
-    best = LEAST
-    largest = np.int32(0)
+    best, largest = LEAST, np.int32(0)
+    num_whole = size // BLOCK  # a loop over as many tokens as a block has needs no other beside it
     for block in range(np.uintp(len(peaks))):
-        start = block * BLOCK
-        peak = LEAST
-        for at in range(first + start, first + min(start + BLOCK, size)):
-            rank = rank_of(logits[at])
-            peak = rank if rank > peak else peak
-            bits = magnitude(logits[at])
-            largest = bits if bits > largest else largest
+        start = first + block * BLOCK
+        if block < num_whole:
+            peak, bits = _highest(logits, start, start + BLOCK)
+        else:
+            peak, bits = _highest(logits, start, first + size)
         peaks[block] = peak
         best = peak if peak > best else best
+        largest = bits if bits > largest else largest
     return best if is_finite_row(best, largest) else LEAST
 
 
@@ -183,6 +203,54 @@ def weigh(row: Any, rank: Any, before: Any) -> Any:
     return count, total
 
 
+@_contracted
+def _estimate_mass(logit: Any, best: Any, scale: Any) -> Any:
+    """Estimate the mass of a token as a part of the first's: `_mass` with half its terms."""
+    power = np.float32(np.float32(logit - best) * scale)
+    power = MASSLESS if power < MASSLESS else power
+    shifted = np.float32(power + _SHIFT)
+    rest = np.float32(power - np.float32(shifted - _SHIFT))
+    y = np.float32(np.float32(_C3 * rest) + _C2)
+    y = np.float32(np.float32(y * rest) + _C1)
+    y = np.float32(np.float32(y * rest) + np.float32(1))
+    bits = np.int32(np.float32(shifted).view(np.int32) << np.int32(23))
+    return np.int32(np.float32(y).view(np.int32) + bits).view(np.float32)
+
+
+@_reordered
+def _estimate(row: Any, logit: Any, before: Any) -> Any:
+    """Estimate the mass of all tokens, and of those before one, as parts of the first token's."""
+    total, early = np.float64(0), np.float64(0)
+    for part in range(2):
+        begin = np.uintp(0) if part == 0 else before
+        end = before if part == 0 else row.size
+        # Lower ids come before the token if they are its equals.
+        bar = logit if part == 0 else np.nextafter(logit, np.float32(np.inf))
+        for start in range(begin, end, _TERM):
+            some, early_some = np.float32(0), np.float32(0)
+            for at in range(row.first + start, row.first + min(start + _TERM, end)):
+                mass = _estimate_mass(row.logits[at], row.best, row.scale)
+                some += mass
+                early_some += mass if row.logits[at] >= bar else np.float32(0)
+            total += np.float64(some)
+            early += np.float64(early_some)
+    return total, early
+
+
+@_compiled
+def _count(row: Any, rank: Any) -> Any:
+    """Count the tokens of higher rank."""
+    count = np.int64(0)
+    for block in range(np.uintp(len(row.peaks))):
+        if row.peaks[block] > rank:
+            start = row.first + block * BLOCK
+            some = np.int32(0)
+            for at in range(start, min(start + BLOCK, row.first + row.size)):
+                some += np.int32(1) if rank_of(row.logits[at]) > rank else np.int32(0)
+            count += some
+    return count
+
+
 @_compiled
 def end_of(row: Any, floor: Any, top_k: Any, goal: Any) -> Any:
     """Find where a beginning ends: the first token with `top_k` tokens or a mass before it.
@@ -210,7 +278,10 @@ def end_of(row: Any, floor: Any, top_k: Any, goal: Any) -> Any:
     num_before = np.int64(0)
     while True:
         middle = (low + high) >> 1 if high - low > 1 else high
-        num_before, total = weigh(row, np.int32(middle), np.uintp(0))
+        if goal == INFINITY:
+            num_before = _count(row, np.int32(middle))
+        else:
+            num_before, total = weigh(row, np.int32(middle), np.uintp(0))
         if middle == high:
             break
         if num_before >= top_k or np.float64(total) >= goal:
@@ -219,12 +290,15 @@ def end_of(row: Any, floor: Any, top_k: Any, goal: Any) -> Any:
             high = middle
     rank = np.int32(high)
     mass = _mass(logit_of(rank), row.best, row.scale)
-    for token in range(row.size):
-        if rank_of(row.logits[row.first + token]) == rank:
-            if num_before >= top_k or np.float64(total) >= goal:
-                return rank, token
-            num_before += 1
-            total += mass
+    for block in range(np.uintp(len(row.peaks))):
+        if row.peaks[block] >= rank:
+            start = block * BLOCK
+            for token in range(start, min(start + BLOCK, row.size)):
+                if rank_of(row.logits[row.first + token]) == rank:
+                    if num_before >= top_k or np.float64(total) >= goal:
+                        return rank, token
+                    num_before += 1
+                    total += mass
     return rank, row.size
 
 
@@ -251,64 +325,80 @@ def _weigh_kept(row: Any, kept: Any) -> Any:
     return total, nearer, moment
 
 
+@_inlined
+def _x_of(row: Any, token: Any) -> Any:
+    return (np.float64(row.logits[row.first + token]) - np.float64(row.best)) / row.temperature
+
+
 @_compiled
-def _winner_of(
-    row: Any, kept: Any, seed: Any, choice: Any, position: Any, groups: Any, words: Any, first: Any
-) -> Any:
-    """Find the kept token with the highest score, the lowest id among equals."""
+def _is_kept(row: Any, kept: Any, token: Any, x: Any) -> Any:
+    rank = rank_of(row.logits[row.first + token])
+    is_early = rank > kept.rank or (rank == kept.rank and token < kept.before)
+    distance = abs(x - kept.mean)
+    is_near = distance < kept.distance or (distance == kept.distance and token < kept.nearer)
+    return rank >= kept.floor and is_early and is_near
+
+
+@_compiled
+def _winner_of(row: Any, kept: Any, noise: Any, reach: Any, first: Any) -> Any:
+    """Find the kept token with the highest score, the lowest id among equals.
+
+    The loud first, none of whose scores is above its reach: they tell which others may win.
+    """
     score, winner = -INFINITY, first
-    bar = kept.floor  # below, only the loud may win
-    for i in range(np.uintp(0), np.uintp(len(groups)), GROUPS):
-        start = np.uintp(groups[i] // np.uint32(GROUPS)) * BLOCK
-        found = np.uint32(0)
-        for plane in range(np.uintp(4)):
-            for j in range(i, i + GROUPS):
-                # Not 0 if some byte is 255.
-                word = words[plane, j]
-                rest = np.uint32(np.uint32(~word) - np.uint32(0x01010101))
-                found |= np.uint32(np.uint32(rest & word) & np.uint32(0x80808080))
-        if found == 0 and row.peaks[start // BLOCK] < bar:
-            continue
-        for token in range(start, min(start + BLOCK, row.size)):
-            place = token - start
-            word = words[(place & np.uintp(15)) >> np.uintp(2), i + (place >> np.uintp(4))]
-            top = np.uint32(word >> np.uint32((place & np.uintp(3)) << np.uintp(3))) & _LOUD
-            logit = row.logits[row.first + token]
-            rank = rank_of(logit)
-            if top != _LOUD and rank < bar:
-                continue
-            is_early = rank > kept.rank or (rank == kept.rank and token < kept.before)
-            if rank < kept.floor or not is_early:
-                continue
-            x = (np.float64(logit) - np.float64(row.best)) / row.temperature
-            if x + _LOUDEST[np.uintp(top)] < score:
-                continue
-            distance = abs(x - kept.mean)
-            is_nearer = distance < kept.distance
-            if not (is_nearer or (distance == kept.distance and token < kept.nearer)):
-                continue
-            own = x + noise_of(seed, choice, position, token, top)
+    for i in range(np.uintp(len(reach))):
+        token = np.uintp(noise.loud[i])
+        x = _x_of(row, token)
+        if reach[i] >= score and _is_kept(row, kept, token, x):
+            own = x + gumbel_of(noise.bits[i])
             if own > score or (own == score and token < winner):
                 score, winner = own, token
-                bar = max(kept.floor, rank_at(row, score - _QUIET))
+    least = max(kept.floor, kept.rank)
+    bar = max(least, rank_at(row, score - _QUIET))
+    for block in range(np.uintp(len(row.peaks))):
+        if row.peaks[block] < bar:
+            continue
+        start = block * BLOCK
+        for at in range(start, min(start + BLOCK, row.size)):
+            token = np.uintp(at)
+            if rank_of(row.logits[row.first + token]) < bar:
+                continue
+            top = top_byte(noise.tops, token)
+            x = _x_of(row, token)
+            if top == _LOUD or x + _HIGHEST[top] < score or not _is_kept(row, kept, token, x):
+                continue
+            own = x + gumbel_of(bits_of(noise.key, token, top))
+            if own > score or (own == score and token < winner):
+                score, winner = own, token
+                bar = max(least, rank_at(row, score - _QUIET))
     return winner
+
+
+@_compiled
+def _goal_of(row: Any, rank: Any, before: Any, top_p: Any) -> Any:
+    """Compute the mass that top_p allows before a token, of those before one of that rank."""
+    light = rank_at(row, WEIGHTLESS)  # from here on there is no mass to be summed up
+    _, total = weigh(row, max(rank, light), before if rank >= light else row.size)
+    return max(top_p * np.float64(total), 0.5)
 
 
 @_inlined
 def draw_token(
-    row: Any, first: Any, seed: Any, choice: Any, position: Any, top_k: Any, top_p: Any,
-    log_min_p: Any, typical_p: Any,
+    row: Any, first: Any, key: Any, top_k: Any, top_p: Any, log_min_p: Any, typical_p: Any,
+    ahead: Any,
 ) -> Any:  # fmt: skip
-    """Draw a token of a row whose best logit is finite; `first` is the lowest id that has it."""
+    """Draw a token of a row whose best logit is finite; `first` is the lowest id that has it.
+
+    `ahead` is the address of logits that will be drawn from next, or 0.
+    """
     floor = rank_at(row, np.float64(log_min_p))
     rank, before = LEAST, row.size
-    if top_k < row.size:
+    has_top_k = top_k < row.size
+    if has_top_k:
         rank, before = end_of(row, LEAST, top_k, INFINITY)
-    goal = INFINITY
-    if top_p < 1:
-        light = rank_at(row, WEIGHTLESS)  # from here on there is no mass to be summed up
-        _, total = weigh(row, max(rank, light), before if rank >= light else row.size)
-        goal = max(top_p * np.float64(total), 0.5)
+    goal = INFINITY  # not known yet
+    if top_p < 1 and (has_top_k or typical_p < 1):
+        goal = _goal_of(row, rank, before, top_p)
     mean = np.float64(0)
     if typical_p < 1:
         # The first token may go, so only what has no mass is out of the question.
@@ -321,31 +411,32 @@ def draw_token(
     else:
         floor = max(floor, rank_at(row, MIN_NOISE - MAX_NOISE))
 
-    groups = np.empty(np.uintp(len(row.peaks)) * GROUPS, np.uint32)
-    num_groups = np.uintp(0)
-    least = max(floor, rank)
-    for block in range(np.uintp(len(row.peaks))):
-        if row.peaks[block] >= least:
-            for i in range(GROUPS):
-                groups[num_groups + i] = np.uint32(block * GROUPS + i)
-            num_groups += GROUPS
-    groups = groups[:num_groups]
-    words = np.empty((4, len(groups)), np.uint32)
-    find_top_bytes(seed, choice, position, groups, words)
+    noise = make_noise(key, row.size, ahead)
+    reach = np.empty(len(noise.loud))
+    for i in range(np.uintp(len(reach))):
+        following = np.uintp(noise.bits[i] >> np.uint64(7)) & np.uintp(255)
+        reach[i] = _x_of(row, np.uintp(noise.loud[i])) + _HIGHEST_LOUD[following]
 
     distance, nearer = INFINITY, row.size
     winner = first
     while True:
         kept = _Kept(floor, rank, before, mean, distance, nearer)
-        winner = _winner_of(row, kept, seed, choice, position, groups, words, first)
+        winner = _winner_of(row, kept, noise, reach, first)
         logit = row.logits[row.first + winner]
         if typical_p < 1:
-            x = (np.float64(logit) - np.float64(row.best)) / row.temperature
-            distance, nearer = abs(x - mean), winner
+            distance, nearer = abs(_x_of(row, winner) - mean), winner
             kept = _Kept(floor, rank, before, mean, distance, nearer)
             _, total, _ = _weigh_kept(row, kept)
         elif top_p < 1:
             rank, before = rank_of(logit), winner
+            if goal == INFINITY:
+                total, early = _estimate(row, logit, winner)
+                excess, doubt = early - top_p * total, _WRONG * (early + top_p * total) + _LOST
+                if excess < -doubt:
+                    break
+                if excess > doubt:
+                    continue
+                goal = _goal_of(row, LEAST, row.size, top_p)
             _, total = weigh(row, rank, before)
         else:
             break

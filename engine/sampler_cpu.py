@@ -31,6 +31,7 @@ from engine.draw_cpu import (
     rank_of,
     weigh,
 )
+from engine.noise_cpu import Key
 
 MOST_ALTERNATIVES = 64  # that `score` finds: it keeps them in order one by one
 
@@ -59,7 +60,7 @@ def first_best(logits: Any, first: Any, size: Any) -> Any:
 def _choose_row(
     logits: Any, at: Any, stride: Any, size: Any, temperature: Any, seed: Any, choice: Any,
     position: Any, top_k: Any, top_p: Any, log_min_p: Any, typical_p: Any, token_ids: Any,
-    is_finite: Any,
+    is_finite: Any, ahead: Any,
 ) -> None:  # fmt: skip
     first = at * stride
     peaks = np.empty((size + BLOCK - np.uintp(1)) // BLOCK, np.int32)
@@ -71,9 +72,9 @@ def _choose_row(
         if len(temperature) > 0 and temperature[at] > 0:
             scale = np.float32(LOG2_E / temperature[at])
             row = Row(logits, first, size, peaks, logit_of(best), temperature[at], scale)
+            key = Key(np.uint64(seed[at]), np.uint64(choice[at]), np.uint64(position[at]))
             token = draw_token(
-                row, token, np.uint64(seed[at]), np.uint64(choice[at]), np.uint64(position[at]),
-                top_k[at], top_p[at], log_min_p[at], typical_p[at],
+                row, token, key, top_k[at], top_p[at], log_min_p[at], typical_p[at], ahead
             )  # fmt: skip
         token_ids[at] = np.int64(token)
 
@@ -90,9 +91,14 @@ def _choose(
         row = take(counts, 0)
         if row >= num_rows:
             break
+        # The next row of this thread, as far as can be told.
+        next_row = row + num_threads
+        ahead = np.uintp(0)
+        if next_row < num_rows:
+            ahead = np.uintp(logits.ctypes.data) + np.uintp(next_row) * np.uintp(4 * stride)
         _choose_row(
             logits, np.uintp(row), np.uintp(stride), np.uintp(size), temperature, seed, choice,
-            position, top_k, top_p, log_min_p, typical_p, token_ids, is_finite,
+            position, top_k, top_p, log_min_p, typical_p, token_ids, is_finite, ahead,
         )  # fmt: skip
         finish(counts, 0)
     wait(counts, 0, num_rows)
