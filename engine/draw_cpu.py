@@ -384,13 +384,9 @@ def _goal_of(row: Any, rank: Any, before: Any, top_p: Any) -> Any:
 
 @_inlined
 def draw_token(
-    row: Any, first: Any, key: Any, top_k: Any, top_p: Any, log_min_p: Any, typical_p: Any,
-    ahead: Any,
+    row: Any, first: Any, key: Any, top_k: Any, top_p: Any, log_min_p: Any, typical_p: Any
 ) -> Any:  # fmt: skip
-    """Draw a token of a row whose best logit is finite; `first` is the lowest id that has it.
-
-    `ahead` is the address of logits that will be drawn from next, or 0.
-    """
+    """Draw a token of a row whose best logit is finite; `first` is the lowest id that has it."""
     floor = rank_at(row, np.float64(log_min_p))
     rank, before = LEAST, row.size
     has_top_k = top_k < row.size
@@ -411,7 +407,7 @@ def draw_token(
     else:
         floor = max(floor, rank_at(row, MIN_NOISE - MAX_NOISE))
 
-    noise = make_noise(key, row.size, ahead)
+    noise = make_noise(key, row.size)
     reach = np.empty(len(noise.loud))
     for i in range(np.uintp(len(reach))):
         following = np.uintp(noise.bits[i] >> np.uint64(7)) & np.uintp(255)

@@ -12,11 +12,11 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from engine.cpu_ir import SIZE, ask_for, call
+from engine.cpu_ir import SIZE, call
 from engine.cpu_math import EXACT
 from engine.random_stream import GROUP, LOUD, MULTIPLIERS, WEYL
 
-_CHUNK = np.uintp(64)  # groups whose top bytes are looked through while they are near
+_CHUNK = np.uintp(64)  # groups that are looked through for loud tokens while they are near
 _GROUP = np.uintp(GROUP)
 _LOUD = np.uint64(LOUD)
 _ONES = np.uint64(0x0101010101010101)  # in each byte
@@ -46,17 +46,6 @@ class Noise(NamedTuple):
     tops: Any  # (2, groups) uint64: the top bytes of the first 8 tokens of 16, and of the others
     loud: Any  # (n,) uint32: the loud tokens
     bits: Any  # (n,) uint64: their 23 bits
-
-
-@numba.extending.intrinsic
-def _expect(context: Any, place: Any) -> Any:
-    """Have the line at an address fetched."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        ask_for(builder, arguments[0], cache=2)
-        return context.get_dummy_value()
-
-    return types.void(types.uintp), generate
 
 
 @numba.extending.intrinsic
@@ -113,17 +102,12 @@ def _are_loud(tops: Any) -> Any:
 
 
 @_compiled
-def make_noise(key: Any, size: Any, ahead: Any) -> Any:
-    """Compute the top bytes of `size` tokens, and all bits of the loud ones.
-
-    Meanwhile memory has nothing to do: it is asked for a float32 a token from an address `ahead`
-    on, if that is not 0.
-    """
+def make_noise(key: Any, size: Any) -> Any:
+    """Compute the top bytes of `size` tokens, and all bits of the loud ones."""
     num_groups = (size + _GROUP - np.uintp(1)) // _GROUP
     tops = np.empty((2, num_groups), np.uint64)
-    loud = np.empty(
-        size + np.uintp(1), np.uint32
-    )  # of its memory only what is written is ever taken
+    # Room for all and one that is none; of its memory only what is written is ever taken.
+    loud = np.empty(size + np.uintp(1), np.uint32)
     are_loud = np.empty(_CHUNK, np.uint64)
     count = np.uintp(0)
     for start in range(np.uintp(0), num_groups, _CHUNK):
@@ -132,9 +116,6 @@ def make_noise(key: Any, size: Any, ahead: Any) -> Any:
             early, late = _words_at(key, np.uint64(i), np.uint64(0))
             tops[0, i], tops[1, i] = early, late
             are_loud[i - start] = _are_loud(early) >> np.uint64(7) | _are_loud(late)
-        if ahead != 0:
-            for i in range(start, stop):
-                _expect(ahead + i * np.uintp(4) * _GROUP)
         for i in range(start, stop):
             found = are_loud[i - start]
             while found != 0:

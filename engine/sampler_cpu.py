@@ -5,7 +5,7 @@ what becomes of whole batches. Compiled by numba on first use and cached on the 
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -35,6 +35,11 @@ from engine.noise_cpu import Key
 
 MOST_ALTERNATIVES = 64  # that `score` finds: it keeps them in order one by one
 
+# Columns of a table of options.
+_NUM_COLUMNS = 8
+_TEMPERATURE, _SEED, _CHOICE, _POSITION, _TOP_K, _TOP_P, _LOG_MIN_P, _TYPICAL_P = range(8)
+_GREEDY = np.empty((0, _NUM_COLUMNS), np.int64)
+
 _compiled = numba.njit(**EXACT)
 _kernel = numba.njit(cache=True, **EXACT)
 
@@ -58,47 +63,45 @@ def first_best(logits: Any, first: Any, size: Any) -> Any:
 
 @_compiled
 def _choose_row(
-    logits: Any, at: Any, stride: Any, size: Any, temperature: Any, seed: Any, choice: Any,
-    position: Any, top_k: Any, top_p: Any, log_min_p: Any, typical_p: Any, token_ids: Any,
-    is_finite: Any, ahead: Any,
+    logits: Any, at: Any, stride: Any, size: Any, options: Any, shares: Any, token_ids: Any,
+    is_finite: Any,
 ) -> None:  # fmt: skip
     first = at * stride
     peaks = np.empty((size + BLOCK - np.uintp(1)) // BLOCK, np.int32)
     best = find_peaks(logits, first, size, peaks)
     is_finite[at] = best != LEAST
     token_ids[at] = 0
-    if best != LEAST:
-        token = first_of(logits, first, peaks, best)
-        if len(temperature) > 0 and temperature[at] > 0:
-            scale = np.float32(LOG2_E / temperature[at])
-            row = Row(logits, first, size, peaks, logit_of(best), temperature[at], scale)
-            key = Key(np.uint64(seed[at]), np.uint64(choice[at]), np.uint64(position[at]))
-            token = draw_token(
-                row, token, key, top_k[at], top_p[at], log_min_p[at], typical_p[at], ahead
-            )  # fmt: skip
-        token_ids[at] = np.int64(token)
+    if best == LEAST:
+        return
+    token = first_of(logits, first, peaks, best)
+    if len(options) > 0 and shares[at, _TEMPERATURE] > 0:
+        temperature = shares[at, _TEMPERATURE]
+        scale = np.float32(LOG2_E / temperature)
+        row = Row(logits, first, size, peaks, logit_of(best), temperature, scale)
+        seed, choice, position = options[at, _SEED], options[at, _CHOICE], options[at, _POSITION]
+        token = draw_token(
+            row, token, Key(np.uint64(seed), np.uint64(choice), np.uint64(position)),
+            options[at, _TOP_K], shares[at, _TOP_P], shares[at, _LOG_MIN_P],
+            shares[at, _TYPICAL_P],
+        )  # fmt: skip
+    token_ids[at] = np.int64(token)
 
 
 @_kernel
 def _choose(
     thread: Any, num_threads: Any, counts: Array, logits: Array, stride: Any, size: Any,
-    temperature: Array, seed: Array, choice: Array, position: Array, top_k: Array, top_p: Array,
-    log_min_p: Array, typical_p: Array, token_ids: Array, is_finite: Array,
+    options: Array, token_ids: Array, is_finite: Array,
 ) -> None:  # fmt: skip
-    """Choose a token a row; without temperatures, or where one is 0, the first of the best."""
+    """Choose a token a row; without options, or at temperature 0, the first of the best."""
     num_rows = len(token_ids)
+    shares = options.view(np.float64)  # what is not whole in them
     while True:
         row = take(counts, 0)
         if row >= num_rows:
             break
-        # The next row of this thread, as far as can be told.
-        next_row = row + num_threads
-        ahead = np.uintp(0)
-        if next_row < num_rows:
-            ahead = np.uintp(logits.ctypes.data) + np.uintp(next_row) * np.uintp(4 * stride)
         _choose_row(
-            logits, np.uintp(row), np.uintp(stride), np.uintp(size), temperature, seed, choice,
-            position, top_k, top_p, log_min_p, typical_p, token_ids, is_finite, ahead,
+            logits, np.uintp(row), np.uintp(stride), np.uintp(size), options, shares, token_ids,
+            is_finite,
         )  # fmt: skip
         finish(counts, 0)
     wait(counts, 0, num_rows)
@@ -168,24 +171,30 @@ def _score(
     wait(counts, 0, num_rows)
 
 
-class Options(NamedTuple):
-    """How rows are drawn, each an array (R,), of one type or the kernel is compiled anew."""
+class Options:
+    """How rows are drawn, as `SamplingRow` packs them: one array, for which a step has time."""
 
-    temperature: Array  # float64; 0 takes the first of the best
-    seed: Array  # int64, as are choice, position and top_k
-    choice: Array
-    position: Array
-    top_k: Array  # the vocabulary or more is off
-    top_p: Array  # float64, as are the two below
-    log_min_p: Array
-    typical_p: Array
+    __slots__ = ("table",)
 
+    def __init__(self, *columns: Array) -> None:
+        """Take arrays (R,) of float64 or int64: what `OPTIONS` names, in that order.
 
-_NO_FLOATS, _NO_INTEGERS = np.empty(0), np.empty(0, np.int64)
-_GREEDY = Options(
-    _NO_FLOATS, _NO_INTEGERS, _NO_INTEGERS, _NO_INTEGERS, _NO_INTEGERS, _NO_FLOATS, _NO_FLOATS,
-    _NO_FLOATS,
-)  # fmt: skip
+        A temperature of 0 takes the first of the best; a top_k of the vocabulary or more is off.
+        """
+        self.table = np.stack([column.view(np.int64) for column in columns], axis=1)
+
+    @classmethod
+    def packed(
+        cls, rows: list[bytes], positions: list[int], temperatures: list[float] | None = None
+    ) -> "Options":
+        """Put packed rows together, and their positions; and other temperatures if need be."""
+        options = cls.__new__(cls)
+        table = np.frombuffer(bytearray().join(rows), np.int64).reshape(len(rows), _NUM_COLUMNS)
+        table[:, _POSITION] = positions
+        if temperatures is not None:
+            table[:, _TEMPERATURE] = np.array(temperatures, np.float64).view(np.int64)
+        options.table = table
+        return options
 
 
 def choose(logits: Tensor, options: Options | None = None) -> tuple[Tensor, Tensor]:
@@ -193,13 +202,13 @@ def choose(logits: Tensor, options: Options | None = None) -> tuple[Tensor, Tens
 
     With options, the same tokens as `engine.draw.draw`, but where a temperature is 0 the first of
     the best, as everywhere without. A row is finite if its highest logit is; the others get token
-    id 0. The options are arrays and not tensors, for which a step has no time.
+    id 0.
     """
-    token_ids = np.empty(len(logits), np.int64)
-    is_finite = np.empty(len(logits), np.bool_)
-    _team(len(logits)).run(
-        _choose, counters(1), *_memory(logits), *(options or _GREEDY), token_ids, is_finite
-    )
+    num_rows = logits.shape[0]
+    token_ids = np.empty(num_rows, np.int64)
+    is_finite = np.empty(num_rows, np.bool_)
+    table = _GREEDY if options is None else options.table
+    _team(num_rows).run(_choose, counters(1), *_memory(logits), table, token_ids, is_finite)
     return torch.from_numpy(token_ids), torch.from_numpy(is_finite)
 
 
