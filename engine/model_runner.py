@@ -113,7 +113,7 @@ class ModelRunner:
         self._builder = builder
         self._eos_token_ids = eos_token_ids
         self._n_ctx, self._vocab_size = model.config.n_ctx, vocab_size
-        self._on_cuda = on_cuda
+        self._on_cuda, self._on_cpu = on_cuda, model.wte.weight.device.type == "cpu"
         self._decode_loop: DecodeLoop | None = None
         if decode_step is not None:
             assert isinstance(network, ModularNetwork)
@@ -155,7 +155,7 @@ class ModelRunner:
         start = time.perf_counter()
         wants_best = all(row.is_plain for row in wanted)
         # Now, while the rows are in the caches.
-        options = None if wants_best or self._on_cuda else bare_options(wanted)
+        options = bare_options(wanted) if self._on_cpu and not wants_best else None
         output = self._network.run(rows, chosen, wants_best=wants_best)
         if not wanted:
             result = StepResult(draws=[])

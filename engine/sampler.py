@@ -78,12 +78,12 @@ def sample(
     V is the number of ids the tokenizer knows: of a padded vocabulary pass `logits[:, :V]`, and no
     padding is ever drawn or counted. Unless some row has logprobs or penalties to be computed,
     nothing is read back to the host on a device other than a CPU. `options` are what
-    `bare_options` made of the rows, if it was asked.
+    `bare_options` made of the rows, if it was asked, for logits on a CPU.
     """
-    if logits.device.type == "cpu":
-        options = options or bare_options(rows)
-        if options is not None:
-            return SampledTokens(*choose_on_cpu(logits, options), {}, None)
+    if options is None and logits.device.type == "cpu":
+        options = bare_options(rows)
+    if options is not None:
+        return SampledTokens(*choose_on_cpu(logits, options), {}, None)
     edited = [place for place, row in enumerate(rows) if row.is_edited]
     temperatures = [
         0.0 if row.params.is_greedy else max(row.params.temperature, COLDEST) for row in rows

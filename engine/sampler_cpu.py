@@ -15,12 +15,13 @@ from torch import Tensor
 from engine.cpu_math import EXACT, Array
 from engine.cpu_tasks import Team, counters, finish, take, team, wait
 from engine.draw import LOG2_E, UNIT_BITS, WEIGHTLESS
-from engine.draw_cpu import (
+from engine.draw_cpu import draw_token
+from engine.noise_cpu import Key
+from engine.row_cpu import (
     BLOCK,
     INFINITY,
     LEAST,
     Row,
-    draw_token,
     end_of,
     find_peaks,
     first_of,
@@ -31,7 +32,6 @@ from engine.draw_cpu import (
     rank_of,
     weigh,
 )
-from engine.noise_cpu import Key
 
 MOST_ALTERNATIVES = 64  # that `score` finds: it keeps them in order one by one
 
