@@ -86,6 +86,9 @@ KERNEL: dict[str, Any] = {
     "error_model": "numpy",
 }  # fmt: skip
 
+# And kernels in which each operation is rounded by itself, as it is written.
+EXACT: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+
 
 def view(tensor: Tensor) -> Array:
     """The tensor's memory for numba, which has no bfloat16: its bits instead."""

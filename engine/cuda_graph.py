@@ -18,7 +18,7 @@ from engine.batch import BatchBuilder, ModelInput
 from engine.draw import Filters, draw, kept_tokens, lowest_argmax
 from engine.kv_cache import KVCache
 from engine.random_stream import NoiseKeys
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import COLDEST, SamplingParams
 from engine.sequence import Sequence as RunningSequence
 from model.attention import Attend
 from model.config import GPTConfig
@@ -29,7 +29,6 @@ Head = Callable[[Tensor], Tensor]
 Draw = Callable[[Tensor, Tensor, NoiseKeys], Tensor]
 DecodeStepFactory = Callable[..., "DecodeStep"]  # the class, or one that only pretends
 
-_COLDEST = 1e-30  # as in engine.sampler
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
 NOT_FINITE = -1  # in place of a token id
 _NOBODY = -1
@@ -153,7 +152,7 @@ class DecodeStep:
         if sampling != Sampling.GREEDY:
             temperature, top_p, min_p = self._shares.index_select(1, slots).unbind()
             is_greedy = temperature == 0
-            temperature = temperature.clamp(min=_COLDEST)
+            temperature = temperature.clamp(min=COLDEST)
             if sampling == Sampling.FILTERED:
                 filters = Filters(
                     top_k,

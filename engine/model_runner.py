@@ -25,7 +25,8 @@ from engine.draw import draw as draw_by_definition
 from engine.kv_cache import KVCache
 from engine.messages import TopLogprobs
 from engine.network import ModularNetwork, Network, make_network
-from engine.sampler import sample, token_logprobs
+from engine.sampler import bare_options, sample, token_logprobs
+from engine.sampler_cpu import Options
 from engine.sampling_params import SamplingParams
 from engine.sampling_row import SamplingRow
 from engine.scheduler import ScheduledBatch
@@ -112,7 +113,7 @@ class ModelRunner:
         self._builder = builder
         self._eos_token_ids = eos_token_ids
         self._n_ctx, self._vocab_size = model.config.n_ctx, vocab_size
-        self._on_cuda = on_cuda
+        self._on_cuda, self._on_cpu = on_cuda, model.wte.weight.device.type == "cpu"
         self._decode_loop: DecodeLoop | None = None
         if decode_step is not None:
             assert isinstance(network, ModularNetwork)
@@ -153,6 +154,8 @@ class ModelRunner:
         wanted = self._sampling_rows_of(batch)
         start = time.perf_counter()
         wants_best = all(row.is_plain for row in wanted)
+        # Now, while the rows are in the caches.
+        options = bare_options(wanted) if self._on_cpu and not wants_best else None
         output = self._network.run(rows, chosen, wants_best=wants_best)
         if not wanted:
             result = StepResult(draws=[])
@@ -160,7 +163,7 @@ class ModelRunner:
             result = StepResult(draws=output.best.tolist())
             result.note_failures(batch, output.is_finite.tolist())
         else:
-            result = self._draw(batch, wanted, output.logits)
+            result = self._draw(batch, wanted, output.logits, options)
         self._score_prompts(batch, output.hidden, result)
         result.kernel_seconds = time.perf_counter() - start
         return Launched(batch, lambda: [result], feeds_itself=False)
@@ -246,9 +249,15 @@ class ModelRunner:
             spans=(Span(0, 0, count, self._n_ctx),),
         )
 
-    def _draw(self, batch: ScheduledBatch, rows: list[SamplingRow], logits: Tensor) -> StepResult:
+    def _draw(
+        self,
+        batch: ScheduledBatch,
+        rows: list[SamplingRow],
+        logits: Tensor,
+        options: Options | None = None,
+    ) -> StepResult:
         """Choose a token for each of the rows that have caught up, from their logits (R, V)."""
-        sampled = sample(logits, rows)
+        sampled = sample(logits, rows, options)
         result = StepResult(draws=sampled.token_ids.tolist())
         result.note_failures(batch, sampled.is_finite.tolist())
         for place, (logprob, token_ids, logprobs) in sampled.logprobs_by_row().items():

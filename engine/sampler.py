@@ -17,12 +17,10 @@ from engine.draw import Filters, draw, lowest_argmax
 from engine.random_stream import NoiseKeys
 from engine.sampler_cpu import MOST_ALTERNATIVES, Options, score
 from engine.sampler_cpu import choose as choose_on_cpu
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import COLDEST, SamplingParams
 from engine.sampling_row import Ids, SamplingRow
 
 _LARGEST = torch.finfo(torch.float32).max
-_NO_TOP_K = 2**62
-_COLDEST = 1e-30  # colder is as good as greedy, and division by it leaves float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +62,31 @@ class SampledTokens:
         }
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
+def bare_options(rows: Sequence[SamplingRow]) -> Options | None:
+    """Put together how rows are drawn on a CPU that want token ids alone; None if some want more.
+
+    `sample` does so by itself, but late: behind a network, rows are in no cache any more.
+    """
+    return _options(rows) if all(row.is_bare for row in rows) else None
+
+
+def sample(
+    logits: Tensor, rows: Sequence[SamplingRow], options: Options | None = None
+) -> SampledTokens:
     """Choose a token for each row from its logits (R, V) float32, which are left as they are.
 
     V is the number of ids the tokenizer knows: of a padded vocabulary pass `logits[:, :V]`, and no
     padding is ever drawn or counted. Unless some row has logprobs or penalties to be computed,
-    nothing is read back to the host on a device other than a CPU.
+    nothing is read back to the host on a device other than a CPU. `options` are what
+    `bare_options` made of the rows, if it was asked, for logits on a CPU.
     """
-    if logits.device.type == "cpu" and all(row.is_plain for row in rows):
-        return SampledTokens(*choose_on_cpu(logits), {}, None)
+    if options is None and logits.device.type == "cpu":
+        options = bare_options(rows)
+    if options is not None:
+        return SampledTokens(*choose_on_cpu(logits, options), {}, None)
     edited = [place for place, row in enumerate(rows) if row.is_edited]
     temperatures = [
-        0.0 if row.params.is_greedy else max(row.params.temperature, _COLDEST) for row in rows
+        0.0 if row.params.is_greedy else max(row.params.temperature, COLDEST) for row in rows
     ]
     if not edited:
         token_ids, is_finite = _choose(logits, rows, temperatures)
@@ -146,25 +157,17 @@ def _choose(
         filters = _filters([row.params for row in rows], logits) if is_filtered else None
     token_ids, best = lowest_argmax(logits)
     if drawn:
-        found = draw(logits, temperature.clamp(min=_COLDEST), keys, filters)
+        found = draw(logits, temperature.clamp(min=COLDEST), keys, filters)
         token_ids = found.where(temperature > 0, token_ids)
     is_finite = best.isfinite()
     return token_ids.masked_fill(~is_finite, 0), is_finite
 
 
-def _options(rows: Sequence[SamplingRow], temperatures: list[float]) -> Options:
-    integers = np.array(
-        [
-            (row.params.seed, row.choice, row.num_tokens, row.params.top_k or _NO_TOP_K)
-            for row in rows
-        ]
-    )
-    shares = np.array([row.shares for row in rows])
-    seed, choice, position, top_k = np.ascontiguousarray(integers.T)
-    top_p, log_min_p, typical_p = np.ascontiguousarray(shares.T)
-    return Options(
-        np.array(temperatures), seed, choice, position, top_k, top_p, log_min_p, typical_p
-    )
+def _options(rows: Sequence[SamplingRow], temperatures: list[float] | None = None) -> Options:
+    """Put the rows' options together, with other temperatures than theirs if there are any."""
+    # The token to be drawn stands where the sequence ends now.
+    positions = [row.num_tokens for row in rows]
+    return Options.packed([row.options for row in rows], positions, temperatures)
 
 
 def _is_filtered(params: SamplingParams, vocab_size: int) -> bool:

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+COLDEST = 1e-30  # a colder temperature is as good as greedy, and dividing by it leaves float32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:

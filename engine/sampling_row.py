@@ -1,15 +1,19 @@
 """What the sampler must know of one sequence, prepared once and kept up to date; knows no torch."""
 
 import math
+import struct
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import COLDEST, SamplingParams
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+
+OPTIONS = struct.Struct("=dqqqqddd")  # how a row is packed for a draw
+_NO_TOP_K = 2**62
 
 
 class SamplingRow:
@@ -28,11 +32,12 @@ class SamplingRow:
         "biases",
         "choice",
         "has_penalties",
+        "is_bare",
         "is_plain",
         "num_prompt_tokens",
         "num_tokens",
+        "options",
         "params",
-        "shares",
     )
 
     def __init__(
@@ -64,16 +69,26 @@ class SamplingRow:
         self.has_penalties = bool(
             repeats or params.presence_penalty != 0 or params.frequency_penalty != 0
         )
-        # Whether it will never want more than the id of the best logit.
-        self.is_plain = (
-            params.is_greedy
-            and params.logprobs is None
-            and not (self.has_penalties or len(self.bias_ids) > 0 or self.allowed_ids is not None)
-            and not (len(self.banned_ids) > 0 and params.min_tokens > 0)
+        # Whether it will never want more than a token id from its logits as they are,
+        self.is_bare = params.logprobs is None and not (
+            self.has_penalties
+            or len(self.bias_ids) > 0
+            or self.allowed_ids is not None
+            or (len(self.banned_ids) > 0 and params.min_tokens > 0)
         )
-        min_p = params.min_p
-        # top_p, logarithm of min_p, typical_p: as a draw takes them
-        self.shares = (params.top_p, math.log(min_p) if min_p else -math.inf, params.typical_p)
+        self.is_plain = self.is_bare and params.is_greedy  # and of these the best one's.
+        # As `OPTIONS`: temperature, seed, choice, position (told later), top_k, top_p, logarithm of
+        # min_p, typical_p. A batch puts them side by side: a step has no time to look them up.
+        self.options = OPTIONS.pack(
+            0.0 if params.is_greedy else max(params.temperature, COLDEST),
+            params.seed,
+            choice,
+            0,
+            min(params.top_k or _NO_TOP_K, _NO_TOP_K),
+            params.top_p,
+            math.log(params.min_p) if params.min_p else -math.inf,
+            params.typical_p,
+        )
         self._places: dict[int, int] = {}  # in the two arrays, by id
         self._seen_ids = _ids([])
         self._counts = np.zeros(0, dtype=np.float32)

@@ -166,6 +166,33 @@ def test_kernel_draws_over_large_vocabularies_as_the_definition(
     assert torch.equal(drawn, draw(logits, heat, make_keys(24, 2), filters))
 
 
+@pytest.mark.parametrize("shape", ["smooth", "flat", "equal", "ties", "peaked"])
+@pytest.mark.parametrize("size", [95, 8193])
+def test_top_p_is_decided_to_the_last_unit_of_mass(shape: str, size: int) -> None:
+    logits = make_logits(shape, 100, size, 4)
+    heat = torch.full((100,), 0.8, dtype=torch.float64)
+    keys = make_keys(100, 5)
+    unfiltered = draw(logits, heat, keys)
+    # What comes before the winner, as a share of all: the least that top_p must not be.
+    masses = mass(logits, logits.amax(-1), heat).double()
+    best = logits.gather(1, unfiltered[:, None])
+    comes_before = torch.arange(size) < unfiltered[:, None]
+    before = (masses * ((logits > best) | ((logits == best) & comes_before))).sum(-1)
+    share = before / masses.sum(-1)
+
+    for factor in (1 - 1e-3, 1 - 1e-12, 1.0, 1 + 1e-12, 1 + 1e-3):
+        filters = make_filters(100, size)
+        filters.top_p.copy_((share * factor).clamp(max=1 - 1e-12))
+
+        drawn, _ = choose(logits, heat, keys, filters)
+
+        assert torch.equal(drawn, draw(logits, heat, keys, filters))
+        if factor == 1 + 1e-12:
+            assert torch.equal(drawn[before > 0], unfiltered[before > 0])
+        if factor == 1 - 1e-12:
+            assert bool((drawn != unfiltered)[before > 0].all())
+
+
 @pytest.mark.parametrize("places", [[0], [511], [0, 511], [63, 64], [127, 128, 130]])
 def test_kernel_draws_at_the_edges_of_blocks_as_the_definition(places: list[int]) -> None:
     logits = torch.full((200, 512), -math.inf)
