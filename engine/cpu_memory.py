@@ -61,6 +61,7 @@ def borrow(context: Any, array: Any) -> Any:
 
 
 _kept_types: dict[str, Any] = {}  # numba's, by name
+_kept_kinds: dict[str, list[object]] = {}  # what `_words` found, which tells types apart
 
 
 def keep(name: str, value: tuple[Any, ...]) -> Array:
@@ -70,22 +71,31 @@ def keep(name: str, value: tuple[Any, ...]) -> Array:
     cold cache lines together. Values of a name are of one type in all processes, because kernels
     on the disk know types by their names. Whoever keeps a value keeps its arrays alive.
     """
-    kind = numba.typeof(value)
-    assert _kept_types.setdefault(name, kind) == kind
-    return np.array(list(_words(value)), np.int64)
+    words: list[int] = []
+    kinds: list[object] = []
+    _add_words(value, words, kinds)
+    if name not in _kept_types:
+        # Asking numba each time would take longer than the smaller kernels do.
+        _kept_types[name], _kept_kinds[name] = numba.typeof(value), kinds
+    assert _kept_kinds[name] == kinds, "values of a name are of one type"
+    return np.array(words, np.int64)
 
 
-def _words(value: Any) -> Iterator[int]:
-    """What `_value_at` makes a value of."""
+def _add_words(value: Any, words: list[int], kinds: list[object]) -> None:
+    """Find what `_value_at` makes a value of, and what its parts are."""
     if isinstance(value, np.ndarray):
-        yield from (value.ctypes.data, *value.shape, *value.strides)
+        words += (value.ctypes.data, *value.shape, *value.strides)
+        kinds.append((value.dtype, value.ndim, value.flags.c_contiguous))
     elif isinstance(value, tuple):
+        kinds.append(type(value))
         for part in value:
-            yield from _words(part)
+            _add_words(part, words, kinds)
     elif isinstance(value, np.float32):
-        yield int(value.view(np.int32))
+        words.append(int(value.view(np.int32)))
+        kinds.append(np.float32)
     else:
-        yield value
+        words.append(value)
+        kinds.append(int)
 
 
 @numba.extending.intrinsic(prefer_literal=True)
@@ -101,7 +111,7 @@ def restore(context: Any, name: Any, place: Any) -> Any:
 
 
 def _value_at(context: Any, builder: Any, kind: Any, words: Any, places: Iterator[int]) -> Any:
-    """The value of a type out of the words at the next places."""
+    """The value of a type out of the words at the next places, in the order of `_add_words`."""
 
     def next_word() -> Any:
         at = builder.gep(words, [ir.Constant(ir.IntType(32), next(places))])

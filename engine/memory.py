@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from engine.config import EngineConfig
+from engine.config import SCORED_ROWS, EngineConfig
 from engine.errors import DoesNotFit
 from model.config import GPTConfig
 
@@ -38,12 +38,12 @@ def working_bytes(config: GPTConfig, engine: EngineConfig, *, bytes_per_value: i
 
     Rows of the residual stream, of q, k, v and of the MLP, each layer's in place of the last's;
     scores of every row and head; float32 logits of every sequence, and as much twice again while
-    they are filtered.
+    they are filtered, or those of scored prompt positions.
     """
     rows = engine.step_tokens
     hidden = rows * (6 * config.n_embd + 2 * config.mlp_width) * bytes_per_value
     scores = 4 * rows * config.n_head * config.n_ctx
-    logits = 3 * 4 * engine.max_num_sequences * config.vocab_size
+    logits = 4 * config.vocab_size * max(3 * engine.max_num_sequences, SCORED_ROWS)
     return hidden + scores + logits
 
 

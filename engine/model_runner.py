@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import BatchBuilder, Rows, Span
+from engine.config import SCORED_ROWS
 from engine.cuda_graph import (
     NOT_FINITE,
     AttentionFactory,
@@ -33,7 +34,6 @@ from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
 from model.gpt import GPT
 
-_LOGPROB_ROWS = 32  # prompt positions whose logits are held at a time
 _PROBED_COUNTS = (1, 2, 3, 7, 16, 33, 64)  # of rows
 _PROBED_COUNTS_ON_CUDA = (*_PROBED_COUNTS, 65, 130, 300)  # and where other tiles begin
 
@@ -296,8 +296,8 @@ class ModelRunner:
                 end = min(start + count, sequence.num_prompt_tokens)
                 targets = torch.tensor(sequence.token_ids[start:end], device=hidden.device)
                 found: list[TopLogprobs] = []
-                for place in range(0, len(targets), _LOGPROB_ROWS):
-                    some = slice(place, place + _LOGPROB_ROWS)
+                for place in range(0, len(targets), SCORED_ROWS):
+                    some = slice(place, place + SCORED_ROWS)
                     logits = self._network.logits(hidden[first : first + len(targets)][some])
                     logprobs = token_logprobs(logits, targets[some], num_top)
                     found += [TopLogprobs(*values) for values in logprobs.tolist()]
