@@ -9,12 +9,14 @@ import importlib
 import logging
 import sys
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+from numba.core import event
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -88,6 +90,31 @@ KERNEL: dict[str, Any] = {
 
 # And kernels in which each operation is rounded by itself, as it is written.
 EXACT: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+
+
+class _Announcement(event.Listener):  # type: ignore[misc]
+    """Says when the first kernel is compiled that was not found compiled."""
+
+    def __init__(self) -> None:
+        self._has_spoken = False
+
+    def on_start(self, event: Any) -> None:
+        if not self._has_spoken:
+            self._has_spoken = True
+            logger.warning(
+                "compiling kernels for this machine, for some 20 seconds; the next start finds them"
+            )
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+def announce_compiling() -> AbstractContextManager[object]:
+    """Within this, say so once if kernels have to be compiled, which keeps people waiting."""
+    listening: AbstractContextManager[object] = event.install_listener(
+        "numba:compile", _Announcement()
+    )
+    return listening
 
 
 def view(tensor: Tensor) -> Array:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from engine.config import EngineConfig, LaunchConfig
+from engine.cpu_math import announce_compiling
 from engine.cpu_threads import choose_threads
 from engine.engine import Engine
 from engine.errors import DoesNotFit, StartRefused
@@ -145,7 +146,7 @@ def _load_kernels(config: GPTConfig, precision: Precision, kv_cache_dtype: torch
         zeros = nn.Parameter(torch.zeros(parameter.shape, dtype=precision.dtype))
         setattr(model.get_submodule(module), attribute, zeros)
     settings = EngineConfig(max_num_sequences=1, max_num_scheduled_tokens=16)
-    Engine(
+    engine = Engine(
         model.eval(),
         settings,
         num_blocks=3,
@@ -153,7 +154,9 @@ def _load_kernels(config: GPTConfig, precision: Precision, kv_cache_dtype: torch
         eos_token_ids=(),
         quantizes=precision.quantizes,
         kv_cache_dtype=kv_cache_dtype,
-    ).warm_up()
+    )
+    with announce_compiling():
+        engine.warm_up()
 
 
 def _return_free_memory() -> None:
