@@ -36,7 +36,7 @@ def score(
         str, typer.Option(envvar="KVIK_DTYPE", help="auto, float32 or bfloat16.")
     ] = "auto",
 ) -> None:
-    """Show how well a model predicts a text: loss, perplexity, bits per byte."""
+    """Show loss, perplexity and bits per byte of a text."""
     import torch
 
     from model.score import score as score_tokens

@@ -98,8 +98,9 @@ def train(
         bool, typer.Option("--resume", envvar="KVIK_RESUME", help="Go on with the run in --out.")
     ] = False,
 ) -> None:
-    """Train a model, or go on: --key value sets any training key of docs/training.md.
+    """Train a model, or go on with a run.
 
+    --key value sets any training key of docs/training.md.
     Later ones win: defaults, --preset, --config, KVIK_TRAIN_<KEY> in the environment, --key value.
     """
     from training.config import KEYS, parse_arguments, parse_value, preset_values, read_toml

@@ -379,13 +379,6 @@ def test_a_directory_whose_name_is_no_utf8_is_refused_by_that_name(tmp_path: Pat
     assert result.stderr.decode().startswith(rf"error: {tmp_path}/a\udcff is not a directory")
 
 
-def test_help_shows_the_environment_variables() -> None:
-    shown = kvik("generate", "--help", COLUMNS="200").stdout
-
-    for name in ("KVIK_MODEL", "KVIK_TEMPERATURE", "KVIK_DTYPE"):
-        assert name in shown
-
-
 @pytest.mark.parametrize("command", ["inspect", "generate", "score"])
 def test_every_command_explains_itself(command: str) -> None:
     result = kvik(command, "--help")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from kvik.command_line import app
 
@@ -33,6 +34,23 @@ OPTIONS = [
     for option in command.params
     if option.param_type_name == "option" and option.name != "help"
 ]
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands()))
+def test_help_shows_every_option_and_variable_whole_in_80_columns(name: str, command: Any) -> None:
+    shown = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "80"}).stdout
+
+    for option in command.params:
+        if option.param_type_name == "option" and option.name != "help":
+            assert re.search(rf"{max(option.opts, key=len)}\b", shown)
+            assert re.search(rf"\b{option.envvar}\b", shown)
+
+
+@pytest.mark.parametrize("group", [[], ["bench"]])
+def test_the_list_of_commands_cuts_no_sentence_short(group: list[str]) -> None:
+    shown = CliRunner().invoke(app, [*group, "--help"], env={"COLUMNS": "80"}).stdout
+
+    assert "..." not in shown.partition("Commands:")[2]
 
 
 def section(name: str) -> str:
