@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,7 @@ async def start_completion(service: Service, account: Account, body: CompletionR
     params = [body.to_sampling_params(seed=run.seed) for run in runs]
     try:
         check_request([], params[0], n_ctx=model.n_ctx, vocab_size=model.vocab_size)
+        submitted_at = time.monotonic()  # the engine may begin before `submit` returns
         for name, run, run_params in zip(names, runs, params, strict=True):
             run.stream = engine.submit(
                 name,
@@ -256,7 +258,7 @@ async def start_completion(service: Service, account: Account, body: CompletionR
     except EngineError as error:
         generation.close()
         raise from_engine(error) from None
-    account.note("submitted")
+    account.note("submitted", submitted_at)
     timeline.state = "running"
     metrics = service.metrics
     metrics.request_prompt_tokens.observe(num_prompt_tokens)
