@@ -341,6 +341,11 @@ class EngineClient:
             if isinstance(first, Ready):
                 if self.facts is None:
                     self._refuse_held(first)
+                else:
+                    logger.info(
+                        "engine ready again restarts=%d live_requests=%d",
+                        self.num_restarts, len(self._requests),
+                    )  # fmt: skip
                 self.facts = first
                 self.state, self.reason = EngineState.READY, ""
                 self._resubmit()
