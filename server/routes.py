@@ -219,13 +219,16 @@ async def start_completion(service: Service, account: Account, body: CompletionR
     )
     account.note("admitted")
     runs: list[PromptRun] = []
-    for prompt in prompts:
-        token_ids, text = await read_prompt(model, body, prompt)
+    for place, prompt in enumerate(prompts):
+        try:
+            token_ids, text = await read_prompt(model, body, prompt)
+        except InvalidRequest as error:
+            if len(prompts) > 1:
+                error.message = f"Prompt {place} of {len(prompts)}, counted from 0: {error.message}"
+            raise
         # An explicit seed applies to each prompt, so that a batch equals its prompts alone.
         seed = secrets.randbits(53) if body.seed is None else body.seed
-        runs.append(
-            PromptRun(model, body, place=len(runs), token_ids=token_ids, text=text, seed=seed)
-        )
+        runs.append(PromptRun(model, body, place=place, token_ids=token_ids, text=text, seed=seed))
     account.note("tokenized")
     num_prompt_tokens = sum(len(run.token_ids) for run in runs)
     account.permit.correct(num_prompt_tokens)
