@@ -379,6 +379,41 @@ def test_a_directory_whose_name_is_no_utf8_is_refused_by_that_name(tmp_path: Pat
     assert result.stderr.decode().startswith(rf"error: {tmp_path}/a\udcff is not a directory")
 
 
+# bench decode
+
+
+def test_a_batch_of_any_size_is_measured_at_once(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "tiny", model=tiny_gpt(tiny_config(n_ctx=64)))
+
+    result = kvik(
+        "bench", "decode", "--model", tmp_path / "tiny", "--num-sequences", "300",
+        "--prompt-tokens", "1", "--new-tokens", "12",
+    )  # fmt: skip
+
+    assert result.exit_code == 0, result.output
+    assert re.search(r"300 │ +[\d,]+ │ +[\d.]+ ms", result.stdout)
+
+
+def test_a_measurement_of_no_whole_step_is_refused(checkpoint: Path) -> None:
+    result = kvik(
+        "bench", "decode", "--model", checkpoint, "--num-sequences", "300",
+        "--prompt-tokens", "4", "--new-tokens", "2",
+    )  # fmt: skip
+
+    assert result.exit_code == 1
+    assert "raise new_tokens, got 2" in result.stderr
+
+
+def test_what_does_not_fit_into_the_context_is_not_measured(checkpoint: Path) -> None:
+    message = refusal(
+        "bench", "decode", "--model", checkpoint, "--prompt-tokens", "10", "--new-tokens", "7"
+    )
+
+    assert message == (
+        "prompt_tokens and new_tokens must fit into the context of 16 tokens, got 10 and 7"
+    )
+
+
 @pytest.mark.parametrize("command", ["inspect", "generate", "score"])
 def test_every_command_explains_itself(command: str) -> None:
     result = kvik(command, "--help")
