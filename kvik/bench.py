@@ -89,7 +89,12 @@ def bench_serve(
             seed=seed,
         )
         with Progress(
-            "streams", BarColumn(), MofNCompleteColumn(), console=console, transient=True
+            "streams",
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         ) as progress:
             task = progress.add_task("streams", total=num_requests)
             numbers = asyncio.run(measure_serving(config, advance=lambda: progress.advance(task)))

@@ -47,7 +47,8 @@ def prepare(
     from training.prepare import PrepareConfig
     from training.prepare import prepare as prepare_data
 
-    with Progress(console=console, transient=True) as progress:
+    hidden = not console.is_terminal  # where it would leave an empty line
+    with Progress(console=console, transient=True, disable=hidden) as progress:
         bars: dict[str, Any] = {}
 
         def advance(stage: str, fraction: float) -> None:

@@ -49,7 +49,7 @@ def refusal(*arguments: str | Path, **variables: str) -> str:
     assert result.exit_code == 1, result.output
     assert result.stdout == ""
     assert isinstance(result.exception, SystemExit)
-    prefix, _, message = result.stderr.rstrip("\n").partition(": ")
+    prefix, _, message = result.stderr.removesuffix("\n").partition(": ")
     assert prefix == "error"
     assert "\n" not in message
     return str(message)
