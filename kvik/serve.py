@@ -88,7 +88,9 @@ def serve(
     kv_cache_bytes: Annotated[
         int | None,
         typer.Option(
-            envvar="KVIK_KV_CACHE_BYTES", help="Size of the KV cache.", show_default="what fits"
+            envvar="KVIK_KV_CACHE_BYTES",
+            help="Size of the KV cache, in place of --num-blocks.",
+            show_default="what fits",
         ),
     ] = None,
     prefix_cache: Annotated[

@@ -69,6 +69,19 @@ def test_every_option_is_documented_with_its_variable(name: str, option: Any) ->
     assert f"`{variable}`" in section(name)
 
 
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+def test_the_documentation_of_an_option_is_its_help_and_its_default(name: str, option: Any) -> None:
+    (row,) = (row for row in section(name).splitlines() if f"`{max(option.opts, key=len)}`" in row)
+    default = option.show_default if isinstance(option.show_default, str) else option.default
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    elif option.required:
+        default = "required"
+
+    assert row.split("|")[3].strip() == str("" if default is None else default)
+    assert row.split("|")[4].strip() == option.help
+
+
 def test_no_option_is_documented_that_does_not_exist() -> None:
     known = {
         max(option.opts, key=len)
