@@ -33,7 +33,7 @@ class ServedModel:
         bos = layout.bos_token_id if layout.bos_token_id is not None else tokenizer.bos_token_id
         sizes = [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
         return cls(
-            name=name or layout.directory.resolve().name,
+            name=name or layout.directory.absolute().name,
             tokenizer=tokenizer,
             n_ctx=layout.config.n_ctx,
             vocab_size=tokenizer.vocab_size,

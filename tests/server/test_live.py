@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import ssl
@@ -422,6 +423,31 @@ def test_abuse_of_http_gets_an_answer_of_our_shape(
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status), answer[:200]
     assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("model", ["runs/best", "owner/tiny"])
+def test_a_model_is_served_under_the_name_its_user_gave(
+    live_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "best").symlink_to(live_checkpoint)  # as a run's best leads to a step
+    downloaded = tmp_path / "hub" / "models--owner--tiny"
+    shutil.copytree(live_checkpoint, downloaded / "snapshots" / ("0" * 40))
+    (downloaded / "refs").mkdir()
+    (downloaded / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = tmp_path / model
+
+    server = LiveServer(path if path.is_dir() else model, tmp_path / "stderr")
+    try:
+        server.wait_until_ready()
+        with server.client() as client:
+            (card,) = client.get("/v1/models").json()["data"]
+    finally:
+        server.kill()
+
+    assert card["id"] == ("best" if path.is_dir() else model)
 
 
 def test_sigterm_finishes_what_runs_and_takes_nothing_new(start: Start) -> None:
