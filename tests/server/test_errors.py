@@ -246,6 +246,24 @@ def test_only_plain_json_is_read(
         check_shape(reply)
 
 
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/", "GET /dashboard"),
+        ("/v1/chat/completions", "POST /v1/completions"),
+        ("/v1/embeddings", "There is nothing here"),
+    ],
+)
+def test_who_looks_in_the_wrong_place_is_told_of_the_right_one(
+    shared: tuple[TestClient, Service], path: str, hint: str
+) -> None:
+    reply = shared[0].post(path, json={})
+
+    assert reply.status_code == 404
+    assert hint in check_shape(reply)["message"]
+    assert "GET /docs" in check_shape(reply)["message"]
+
+
 @pytest.mark.parametrize(("padding", "status"), [(0, 200), (1, 413)])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_may_have_so_many_bytes_and_no_more(
