@@ -312,7 +312,8 @@ class EngineClient:
             else:
                 self.reason = f"the engine died {self._num_fruitless_restarts} times in a row"
             self.state = EngineState.DOWN
-            logger.error("engine down reason=%s", self.reason)
+            if self.facts is not None:  # whoever starts it is told by `start`
+                logger.error("engine down reason=%s", self.reason)
             self._fail_all(lambda: EngineDied(reason=self.reason))
         finally:
             self._settled.set()

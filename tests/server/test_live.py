@@ -542,6 +542,7 @@ def test_what_prevents_a_start_is_told_in_a_sentence(live_checkpoint: Path, tmp_
         assert status == 1
         assert "Traceback" not in message
         assert message.splitlines()[-1].startswith("error:")
+        assert "ERROR" not in message  # the log would only say it again
     assert "nowhere" in cases[0][1]
     assert "model.safetensors" in cases[1][1]
     assert port in cases[2][1]
