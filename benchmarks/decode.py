@@ -75,6 +75,11 @@ def measure_decode(
             steps.append((now - before) / num_rounds)
             outside.append((now - before - engine.kernel_seconds) / num_rounds)
         before = now
+    if not steps:
+        raise ValueError(
+            f"no step decoded all {len(prompts)} sequences: the first had ended before the last "
+            f"prompt was read; raise new_tokens, got {params.max_tokens}"
+        )
     return DecodeResult(
         num_sequences=len(prompts),
         num_tokens=num_tokens,
@@ -96,9 +101,19 @@ def bench_decode(
     dtype: str,
     console: Console,
 ) -> None:
-    """Measure the engine at several batch sizes and print a table."""
-    config = LaunchConfig(model=model, device=device, dtype=dtype, engine=_engine_config())
+    """Measure the engine at several batch sizes and print a table.
+
+    Raises ValueError for what does not fit into the context, and an EngineError.
+    """
+    # All of them at once: where some wait for others, no step is one of the whole batch.
+    at_once = max(EngineConfig().max_num_sequences, *num_sequences)
+    config = LaunchConfig(model=model, device=device, dtype=dtype, engine=_engine_config(at_once))
     engine, ready = load_engine(config)
+    if prompt_tokens + new_tokens > engine.n_ctx:
+        raise ValueError(
+            f"prompt_tokens and new_tokens must fit into the context of {engine.n_ctx} tokens, "
+            f"got {prompt_tokens} and {new_tokens}"
+        )
     params = _params(new_tokens, temperature, top_p)
     console.print(f"{model}, {ready.device}, {ready.dtype}, {torch.get_num_threads()} threads")
     table = Table()
@@ -117,8 +132,8 @@ def bench_decode(
     console.print(table)
 
 
-def _engine_config() -> EngineConfig:
-    return EngineConfig(share_completion_blocks=True)
+def _engine_config(max_num_sequences: int) -> EngineConfig:
+    return EngineConfig(share_completion_blocks=True, max_num_sequences=max_num_sequences)
 
 
 def _params(new_tokens: int, temperature: float, top_p: float) -> SamplingParams:
@@ -164,8 +179,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     console = Console()
+    config = _engine_config(max(arguments.sequences))
     engine, ready = load_engine(
-        LaunchConfig(model=str(arguments.model), dtype=arguments.dtype, engine=_engine_config())
+        LaunchConfig(model=str(arguments.model), dtype=arguments.dtype, engine=config)
     )
     peer = transformers_runner(str(arguments.model), arguments.dtype)
     params = _params(arguments.new_tokens, 0.0, 1.0)

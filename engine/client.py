@@ -312,7 +312,8 @@ class EngineClient:
             else:
                 self.reason = f"the engine died {self._num_fruitless_restarts} times in a row"
             self.state = EngineState.DOWN
-            logger.error("engine down reason=%s", self.reason)
+            if self.facts is not None:  # whoever starts it is told by `start`
+                logger.error("engine down reason=%s", self.reason)
             self._fail_all(lambda: EngineDied(reason=self.reason))
         finally:
             self._settled.set()
@@ -341,6 +342,11 @@ class EngineClient:
             if isinstance(first, Ready):
                 if self.facts is None:
                     self._refuse_held(first)
+                else:
+                    logger.info(
+                        "engine ready again restarts=%d live_requests=%d",
+                        self.num_restarts, len(self._requests),
+                    )  # fmt: skip
                 self.facts = first
                 self.state, self.reason = EngineState.READY, ""
                 self._resubmit()

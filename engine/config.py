@@ -112,3 +112,8 @@ class LaunchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or absent, got {value}")
+        if self.kv_cache_bytes is not None and self.engine.num_blocks is not None:
+            raise ValueError(
+                f"kv_cache_bytes and num_blocks both say how large the KV cache is, got "
+                f"{self.kv_cache_bytes} and {self.engine.num_blocks}: leave one of them out"
+            )

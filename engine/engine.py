@@ -97,18 +97,12 @@ class Engine:
         self._max_num_rounds = config.max_num_rounds
         self._ahead: Launched | None = None  # a step started before the last one was collected
         self._next_seq_id = 0  # for `generate`
-        self.last_step_at = time.monotonic()  # when the last step ended
         self.kernel_seconds = 0.0  # of the last step, in model, head and sampler
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do until a request comes."""
         return self._scheduler.is_idle and self._ahead is None
-
-    @property
-    def seconds_since_last_step(self) -> float:
-        """The age of the last step; also grows while there is nothing to do."""
-        return time.monotonic() - self.last_step_at
 
     def add(self, request: Submit) -> None:
         """Let a request wait for its turn. Raises PromptTooLong, TokenOutOfRange."""
@@ -172,7 +166,6 @@ class Engine:
         else:
             self.kernel_seconds = sum(result.kernel_seconds for result in results)
             output = self._take_in(batch, results)
-        self.last_step_at = time.monotonic()
         if recorder is not None:
             recorder.end_step()
             if following is not None and self._ahead is not None:

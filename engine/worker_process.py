@@ -43,6 +43,7 @@ class WorkerProcess:
                 ],
                 pass_fds=(theirs.fileno(), self.recorder.descriptor), stdin=subprocess.DEVNULL,
                 env=_environment(),
+                process_group=0,  # a terminal's Ctrl-C is for us, who then end it
             )  # fmt: skip
         self._is_closed = False
 

@@ -69,7 +69,7 @@ def bench_serve(
         Path | None, typer.Option(envvar="KVIK_BENCH_REPORT", help="Write the numbers as JSON.")
     ] = None,
 ) -> None:
-    """Put load on a server and show TTFT, ITL, end-to-end time, tokens/s and goodput."""
+    """Put load on a server and show its latencies, tokens/s and goodput."""
     from benchmarks.serving import BenchmarkError, LoadConfig, measure_serving, table_of
 
     try:
@@ -89,7 +89,12 @@ def bench_serve(
             seed=seed,
         )
         with Progress(
-            "streams", BarColumn(), MofNCompleteColumn(), console=console, transient=True
+            "streams",
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         ) as progress:
             task = progress.add_task("streams", total=num_requests)
             numbers = asyncio.run(measure_serving(config, advance=lambda: progress.advance(task)))

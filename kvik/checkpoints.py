@@ -36,7 +36,7 @@ def score(
         str, typer.Option(envvar="KVIK_DTYPE", help="auto, float32 or bfloat16.")
     ] = "auto",
 ) -> None:
-    """Show how well a model predicts a text: loss, perplexity, bits per byte."""
+    """Show loss, perplexity and bits per byte of a text."""
     import torch
 
     from model.score import score as score_tokens
@@ -64,7 +64,7 @@ def score(
         fail(error)
     with Progress(
         "scoring", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
-        transient=True,
+        transient=True, disable=not console.is_terminal,
     ) as progress:  # fmt: skip
         task = progress.add_task("scoring", total=len(token_ids))
         try:
@@ -148,7 +148,7 @@ def convert(
     out = Console(highlight=False, soft_wrap=True)
     for heading, lines in (
         ("found", report.found),
-        ("changed", report.changed),
+        ("changed", report.changed or ["nothing"]),
         (f"wrote {report.directory}", report.written),
     ):
         out.print(f"[bold]{without_markup(heading)}[/]")

@@ -16,6 +16,7 @@ app = typer.Typer(
     help="Train a GPT and serve it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's boxes cut long names short in 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -45,7 +46,9 @@ app.command()(prepare)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 app.command()(serve)
 
-bench = typer.Typer(help="Measure a server, or the engine alone.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure a server, or the engine alone.", no_args_is_help=True, rich_markup_mode=None
+)
 bench.command("serve")(bench_serve)
 bench.command("decode")(bench_decode)
 app.add_typer(bench, name="bench")

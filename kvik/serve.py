@@ -33,7 +33,7 @@ def serve(
         typer.Option(
             envvar="KVIK_SERVED_MODEL_NAME",
             help="What requests call the model.",
-            show_default="the directory's name",
+            show_default="the directory's name, or that on the hub",
         ),
     ] = None,
     api_key: Annotated[
@@ -88,7 +88,9 @@ def serve(
     kv_cache_bytes: Annotated[
         int | None,
         typer.Option(
-            envvar="KVIK_KV_CACHE_BYTES", help="Size of the KV cache.", show_default="what fits"
+            envvar="KVIK_KV_CACHE_BYTES",
+            help="Size of the KV cache, in place of --num-blocks.",
+            show_default="what fits",
         ),
     ] = None,
     prefix_cache: Annotated[
@@ -172,7 +174,7 @@ def serve(
     from engine.worker_process import WorkerProcess
     from model.vocabulary import TokenizerError
     from server import log
-    from weights.hub import resolve
+    from weights.hub import name_of, resolve
     from weights.layout import CheckpointError, read_layout
 
     if log_format not in log.FORMATS:
@@ -200,7 +202,8 @@ def serve(
             from server.served_model import ServedModel
             from weights.layout import read_tokenizer
 
-            served = ServedModel.of(layout, read_tokenizer(layout), name=served_model_name)
+            name = served_model_name or name_of(model)
+            served = ServedModel.of(layout, read_tokenizer(layout), name=name)
             launch = LaunchConfig(
                 model=str(layout.directory),
                 device=device,

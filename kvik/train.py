@@ -47,7 +47,8 @@ def prepare(
     from training.prepare import PrepareConfig
     from training.prepare import prepare as prepare_data
 
-    with Progress(console=console, transient=True) as progress:
+    hidden = not console.is_terminal  # where it would leave an empty line
+    with Progress(console=console, transient=True, disable=hidden) as progress:
         bars: dict[str, Any] = {}
 
         def advance(stage: str, fraction: float) -> None:
@@ -98,8 +99,9 @@ def train(
         bool, typer.Option("--resume", envvar="KVIK_RESUME", help="Go on with the run in --out.")
     ] = False,
 ) -> None:
-    """Train a model, or go on: --key value sets any training key of docs/training.md.
+    """Train a model, or go on with a run.
 
+    --key value sets any training key of docs/training.md.
     Later ones win: defaults, --preset, --config, KVIK_TRAIN_<KEY> in the environment, --key value.
     """
     from training.config import KEYS, parse_arguments, parse_value, preset_values, read_toml

@@ -20,7 +20,8 @@ def greedy(logits: Tensor) -> int:
 def sample(temperature: float, *, seed: int, top_k: int = 0) -> Choose:
     """Make a choice at random, from the `top_k` most probable tokens if that is not 0.
 
-    A temperature of 0 is greedy. Raises ValueError for one that is negative or not a number.
+    A temperature of 0 is greedy. Raises ValueError for one that is negative or not a number; the
+    choice raises FloatingPointError for logits that are not finite, as a diverged model has them.
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
@@ -30,6 +31,8 @@ def sample(temperature: float, *, seed: int, top_k: int = 0) -> Choose:
 
     def choose(logits: Tensor) -> int:
         values, ids = logits.topk(min(top_k or len(logits), len(logits)))
+        if not math.isfinite(values[0]):  # the largest; not a number counts as larger than all
+            raise FloatingPointError("The logits are not finite.")
         # From the maximum down and in float64: a tiny temperature must not make inf - inf.
         scaled = (values - values[0]).cpu().double() / temperature
         probabilities = torch.softmax(scaled, dim=-1)

@@ -57,6 +57,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def special_token_ids(self) -> frozenset[int]:
+        """The ids that no text spells: <|endoftext|>, padding and the like."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of the vocabulary, in hex: equal exactly when ids mean the same."""
         ...
@@ -93,6 +98,7 @@ class BytePairTokenizer:
         self._vocabulary = vocabulary
         self.vocab_size = vocabulary.size
         self.bos_token_id = self.eos_token_id = vocabulary.special.get(END_OF_TEXT)
+        self.special_token_ids = frozenset(vocabulary.special.values())
         ranks = vocabulary.token_bytes()
         self._bytes: list[bytes | None] = [None] * self.vocab_size
         for token, token_id in ranks.items():
@@ -172,6 +178,7 @@ class CharacterTokenizer:
 
     kind = "characters"
     eos_token_id = None
+    special_token_ids: frozenset[int] = frozenset()
 
     def __init__(self, characters: Sequence[str]) -> None:
         """Take the characters in the order of their ids; raises TokenizerError."""

@@ -93,11 +93,19 @@ async def _answer_api_error(request: Request, error: Exception) -> Response:
     return _answer(error)
 
 
+# Where people look first, and what they find instead.
+_ELSEWHERE = {
+    "/": "There is no page here: GET /dashboard is one",
+    "/v1/chat/completions": "There is no chat here: POST /v1/completions continues a text",
+}
+
+
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     """Whatever the framework refuses: routes and methods that there are not."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        return _answer(NotFound("There is nothing here; GET /docs shows what there is."))
+        hint = _ELSEWHERE.get(request.url.path, "There is nothing here")
+        return _answer(NotFound(f"{hint}; GET /docs shows what there is."))
     if error.status_code == 405:
         methods = {*(error.headers or {}).get("Allow", "").split(", ")} - {""}
         if "GET" in methods:

@@ -635,10 +635,11 @@ def _describe(error: ErrorDetails) -> InvalidRequest:
         fields = StreamOptions.model_fields if error["loc"][0] == "stream_options" else {}
         return _unknown_field(str(error["loc"][-1]), fields, f"{error['loc'][0]}.")
     if kind in _RANGES:
-        word, limit = _RANGES[kind]
-        return InvalidRequest(
-            f"{param} must be {word} {context[limit]}, got {shorten(value)}.", param=param
-        )
+        word, name = _RANGES[kind]
+        limit = context[name]
+        if isinstance(limit, float) and limit.is_integer():
+            limit = int(limit)  # JSON has one kind of number
+        return InvalidRequest(f"{param} must be {word} {limit}, got {shorten(value)}.", param=param)
     if kind in _TYPES:
         return InvalidRequest(f"{param} must be {_TYPES[kind]}, got {shorten(value)}.", param=param)
     if kind in ("too_long", "too_short"):

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -218,13 +219,16 @@ async def start_completion(service: Service, account: Account, body: CompletionR
     )
     account.note("admitted")
     runs: list[PromptRun] = []
-    for prompt in prompts:
-        token_ids, text = await read_prompt(model, body, prompt)
+    for place, prompt in enumerate(prompts):
+        try:
+            token_ids, text = await read_prompt(model, body, prompt)
+        except InvalidRequest as error:
+            if len(prompts) > 1:
+                error.message = f"Prompt {place} of {len(prompts)}, counted from 0: {error.message}"
+            raise
         # An explicit seed applies to each prompt, so that a batch equals its prompts alone.
         seed = secrets.randbits(53) if body.seed is None else body.seed
-        runs.append(
-            PromptRun(model, body, place=len(runs), token_ids=token_ids, text=text, seed=seed)
-        )
+        runs.append(PromptRun(model, body, place=place, token_ids=token_ids, text=text, seed=seed))
     account.note("tokenized")
     num_prompt_tokens = sum(len(run.token_ids) for run in runs)
     account.permit.correct(num_prompt_tokens)
@@ -241,6 +245,7 @@ async def start_completion(service: Service, account: Account, body: CompletionR
     params = [body.to_sampling_params(seed=run.seed) for run in runs]
     try:
         check_request([], params[0], n_ctx=model.n_ctx, vocab_size=model.vocab_size)
+        submitted_at = time.monotonic()  # the engine may begin before `submit` returns
         for name, run, run_params in zip(names, runs, params, strict=True):
             run.stream = engine.submit(
                 name,
@@ -256,7 +261,7 @@ async def start_completion(service: Service, account: Account, body: CompletionR
     except EngineError as error:
         generation.close()
         raise from_engine(error) from None
-    account.note("submitted")
+    account.note("submitted", submitted_at)
     timeline.state = "running"
     metrics = service.metrics
     metrics.request_prompt_tokens.observe(num_prompt_tokens)

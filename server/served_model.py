@@ -32,14 +32,13 @@ class ServedModel:
         """Put together what a checkpoint and its tokenizer say."""
         bos = layout.bos_token_id if layout.bos_token_id is not None else tokenizer.bos_token_id
         sizes = [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
-        special = {*layout.eos_token_ids, tokenizer.eos_token_id} - {None}
         return cls(
-            name=name or layout.directory.resolve().name,
+            name=name or layout.directory.absolute().name,
             tokenizer=tokenizer,
             n_ctx=layout.config.n_ctx,
             vocab_size=tokenizer.vocab_size,
             bos_token_id=bos if bos is not None and bos < tokenizer.vocab_size else None,
-            special_token_ids=frozenset(i for i in special if i is not None),
+            special_token_ids=tokenizer.special_token_ids | {*layout.eos_token_ids},
             max_token_bytes=max(sizes),
             mean_token_bytes=sum(sizes) / len(sizes),
             created=int((layout.directory / CONFIG_FILE).stat().st_mtime),

@@ -49,7 +49,7 @@ def refusal(*arguments: str | Path, **variables: str) -> str:
     assert result.exit_code == 1, result.output
     assert result.stdout == ""
     assert isinstance(result.exception, SystemExit)
-    prefix, _, message = result.stderr.rstrip("\n").partition(": ")
+    prefix, _, message = result.stderr.removesuffix("\n").partition(": ")
     assert prefix == "error"
     assert "\n" not in message
     return str(message)
@@ -379,11 +379,39 @@ def test_a_directory_whose_name_is_no_utf8_is_refused_by_that_name(tmp_path: Pat
     assert result.stderr.decode().startswith(rf"error: {tmp_path}/a\udcff is not a directory")
 
 
-def test_help_shows_the_environment_variables() -> None:
-    shown = kvik("generate", "--help", COLUMNS="200").stdout
+# bench decode
 
-    for name in ("KVIK_MODEL", "KVIK_TEMPERATURE", "KVIK_DTYPE"):
-        assert name in shown
+
+def test_a_batch_of_any_size_is_measured_at_once(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "tiny", model=tiny_gpt(tiny_config(n_ctx=64)))
+
+    result = kvik(
+        "bench", "decode", "--model", tmp_path / "tiny", "--num-sequences", "300",
+        "--prompt-tokens", "1", "--new-tokens", "12",
+    )  # fmt: skip
+
+    assert result.exit_code == 0, result.output
+    assert re.search(r"300 │ +[\d,]+ │ +[\d.]+ ms", result.stdout)
+
+
+def test_a_measurement_of_no_whole_step_is_refused(checkpoint: Path) -> None:
+    result = kvik(
+        "bench", "decode", "--model", checkpoint, "--num-sequences", "300",
+        "--prompt-tokens", "4", "--new-tokens", "2",
+    )  # fmt: skip
+
+    assert result.exit_code == 1
+    assert "raise new_tokens, got 2" in result.stderr
+
+
+def test_what_does_not_fit_into_the_context_is_not_measured(checkpoint: Path) -> None:
+    message = refusal(
+        "bench", "decode", "--model", checkpoint, "--prompt-tokens", "10", "--new-tokens", "7"
+    )
+
+    assert message == (
+        "prompt_tokens and new_tokens must fit into the context of 16 tokens, got 10 and 7"
+    )
 
 
 @pytest.mark.parametrize("command", ["inspect", "generate", "score"])

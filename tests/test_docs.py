@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from kvik.command_line import app
 
@@ -35,6 +36,23 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize(("name", "command"), list(commands()))
+def test_help_shows_every_option_and_variable_whole_in_80_columns(name: str, command: Any) -> None:
+    shown = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "80"}).stdout
+
+    for option in command.params:
+        if option.param_type_name == "option" and option.name != "help":
+            assert re.search(rf"{max(option.opts, key=len)}\b", shown)
+            assert re.search(rf"\b{option.envvar}\b", shown)
+
+
+@pytest.mark.parametrize("group", [[], ["bench"]])
+def test_the_list_of_commands_cuts_no_sentence_short(group: list[str]) -> None:
+    shown = CliRunner().invoke(app, [*group, "--help"], env={"COLUMNS": "80"}).stdout
+
+    assert "..." not in shown.partition("Commands:")[2]
+
+
 def section(name: str) -> str:
     """The part of docs/configuration.md about one command."""
     found = re.search(rf"^## `kvik {re.escape(name)}`$(.*?)(?=^## |\Z)", CONFIGURATION, re.M | re.S)
@@ -49,6 +67,19 @@ def test_every_option_is_documented_with_its_variable(name: str, option: Any) ->
     assert isinstance(variable, str), "every option has an environment variable"
     assert variable.startswith("KVIK_")
     assert f"`{variable}`" in section(name)
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+def test_the_documentation_of_an_option_is_its_help_and_its_default(name: str, option: Any) -> None:
+    (row,) = (row for row in section(name).splitlines() if f"`{max(option.opts, key=len)}`" in row)
+    default = option.show_default if isinstance(option.show_default, str) else option.default
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    elif option.required:
+        default = "required"
+
+    assert row.split("|")[3].strip() == str("" if default is None else default)
+    assert row.split("|")[4].strip() == option.help
 
 
 def test_no_option_is_documented_that_does_not_exist() -> None:

@@ -95,10 +95,10 @@ class TerminalDisplay:
         facts = "loss {loss}  val {val_loss}  {tokens_per_second} tokens/s".format(**self._facts)
         self._progress.update(self._task, facts=facts)
         if "val_loss" in record:
-            self._print(
-                f"step {record['step']}: val loss {record['val_loss']:.4f}, "
-                f"{record['bits_per_byte']:.4f} bits a byte"
-            )
+            found = "val loss is not finite"
+            if record["val_loss"] is not None:
+                found = "val loss {val_loss:.4f}, {bits_per_byte:.4f} bits a byte".format(**record)
+            self._print(f"step {record['step']}: {found}")
 
     def show_sample(self, step: int, text: str) -> None:
         """See Display."""

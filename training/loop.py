@@ -259,7 +259,11 @@ class Trainer:
             vocab_size=tokenizer.vocab_size,
             stop_token_ids=() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
         )
-        text = config.sample_prompt + tokenizer.decode(ids)
+        try:
+            text = config.sample_prompt + tokenizer.decode(ids)
+        except FloatingPointError:  # the next steps say so too, and may end the run
+            self._display.note(f"step {self.state.step}: no sample, the logits are not finite")
+            return
         self._run.samples.append({"step": self.state.step, "text": text})
         self._display.show_sample(self.state.step, text)
 

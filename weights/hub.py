@@ -1,6 +1,7 @@
 """From a name such as openai-community/gpt2 to a local directory; does not look into its files."""
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import NoReturn
@@ -63,6 +64,16 @@ def resolve(
     if name is None or path.parent.is_dir():
         _refuse_path(model, path)
     return _download(name["repository"], name["revision"], endpoint, cache_directory)
+
+
+def name_of(model: str) -> str:
+    """What people call a model that `resolve` finds: its directory's name, or that on the hub.
+
+    A link has its own name, `best` and not that of the step it leads to, which changes; and what
+    is downloaded lies in a directory that is called by a number.
+    """
+    path = Path(os.path.abspath(Path(model).expanduser()))
+    return path.name if path.is_dir() else model
 
 
 def _refuse_path(model: str, path: Path) -> NoReturn:

@@ -107,6 +107,10 @@ def read_layout(directory: Path) -> Layout:
             f"{directory} is not a directory; a checkpoint is a directory with {CONFIG_FILE} and "
             f"{WEIGHTS_FILE}."
         )
+    if not os.path.lexists(directory / CONFIG_FILE):
+        raise CheckpointError(
+            f"{directory / CONFIG_FILE} is missing.{_what_else_lies_in(directory)}"
+        )
     document = read_json(directory / CONFIG_FILE)
     config = parse_config(document, directory / CONFIG_FILE)
     generation: dict[str, Any] = {}
@@ -384,6 +388,19 @@ def _check_tensor(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
         )
 
 
+def _what_else_lies_in(directory: Path) -> str:
+    """What someone may have meant by a directory that is no checkpoint: a sentence, or nothing."""
+    inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
+    if inside:  # the directory of a training run, for one
+        return f" There is one in {', '.join(map(str, inside[:5]))}."
+    others = sorted(
+        path.name
+        for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5")
+        for path in directory.glob(pattern)
+    )
+    return f" It has {', '.join(others)}: bring it in with kvik convert." if others else ""
+
+
 def _read_headers(directory: Path) -> dict[str, StoredTensor]:
     """The tensors of a directory by parameter name, mask buffers left out."""
     if os.path.lexists(directory / WEIGHTS_FILE):
@@ -391,14 +408,9 @@ def _read_headers(directory: Path) -> dict[str, StoredTensor]:
     elif os.path.lexists(directory / INDEX_FILE):
         files = dict(_read_index(directory))
     else:
-        others = sorted(
-            path.name
-            for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5")
-            for path in directory.glob(pattern)
-        )
         raise CheckpointError(
             f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}."
-            + (f" It has {', '.join(others)}: bring it in with kvik convert." if others else "")
+            f"{_what_else_lies_in(directory)}"
         )
     stored: dict[str, StoredTensor] = {}
     for file, keys in files.items():

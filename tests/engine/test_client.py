@@ -175,6 +175,25 @@ async def test_a_death_is_seen_within_half_a_second(launch: LaunchConfig) -> Non
         assert "SIGKILL" in client.reason
 
 
+def test_the_log_tells_of_a_death_and_that_the_engine_is_back(
+    launch: LaunchConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def die_once() -> None:
+        async with started(launch) as client:
+            kill_worker(client)
+            while not client.num_restarts or client.state != EngineState.READY:
+                await asyncio.sleep(0.01)
+
+    with caplog.at_level("INFO", logger="engine.client"):
+        asyncio.run(asyncio.wait_for(die_once(), timeout=120))
+
+    assert caplog.messages == [
+        "engine died reason=the engine process ended with signal SIGKILL live_requests=0 "
+        "suspects=0",
+        "engine ready again restarts=1 live_requests=0",
+    ]
+
+
 @in_time
 async def test_only_the_request_that_kills_the_engine_alone_is_failed(
     launch: LaunchConfig,

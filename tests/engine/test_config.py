@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, LaunchConfig
 
 
 def test_the_defaults_are_possible() -> None:
@@ -26,6 +26,11 @@ def test_the_defaults_are_possible() -> None:
 def test_an_impossible_value_is_named_with_its_remedy(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(**values)
+
+
+def test_a_cache_of_two_sizes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"got 5000 and 64: leave one of them out"):
+        LaunchConfig(model="m", kv_cache_bytes=5000, engine=EngineConfig(num_blocks=64))
 
 
 def test_a_config_does_not_change() -> None:

@@ -55,6 +55,12 @@ def test_a_worker_that_nobody_needed_does_not_stay() -> None:
     assert os.listdir("/proc/self/fd") == descriptors
 
 
+def test_a_signal_of_the_terminal_does_not_reach_a_worker() -> None:
+    # Ctrl-C goes to the group in the foreground, ours; while it imports, a worker would print it.
+    with WorkerProcess("nowhere", max_num_sequences=4) as worker:
+        assert os.getpgid(worker.pid) != os.getpgrp()
+
+
 def test_a_worker_ends_by_itself_where_the_other_side_hangs_up() -> None:
     async def hang_up(worker: WorkerProcess) -> str:
         worker.take_connection().close()

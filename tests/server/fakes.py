@@ -49,6 +49,7 @@ class Submitted:
     stream: TokenStream
     aborted: set[int] = field(default_factory=set)
     is_closed: bool = False
+    scheduled_at: float = field(default_factory=time.monotonic)  # at once, before all else
 
 
 class FakeEngine:
@@ -126,6 +127,7 @@ class FakeEngine:
                 output = self._output(
                     params, tokens[step] if tokens else None, step, index,
                     num_cached=min(3, len(request.prompt_ids) - 1),
+                    scheduled_at=request.scheduled_at,
                 )  # fmt: skip
                 if output.finish_reason is not None:
                     request.aborted.add(index)
@@ -142,6 +144,7 @@ class FakeEngine:
         index: int,
         *,
         num_cached: int,
+        scheduled_at: float,
     ) -> TokenOutput:
         reason = None
         if token is not None and (token == self.eos or token in params.stop_token_ids):
@@ -161,7 +164,7 @@ class FakeEngine:
             if params.logprobs is None or token is None
             else top(token, params.logprobs, penalty=index),
             num_cached_tokens=num_cached if is_telling else 0,
-            scheduled_at=time.monotonic() if is_telling else 0.0,
+            scheduled_at=scheduled_at if is_telling else 0.0,
         )
 
 

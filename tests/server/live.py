@@ -34,7 +34,7 @@ def environment() -> dict[str, str]:
 class LiveServer:
     """A server that has said where it listens."""
 
-    def __init__(self, checkpoint: Path, log: Path, *options: str) -> None:
+    def __init__(self, checkpoint: Path | str, log: Path, *options: str) -> None:
         self.log = log
         with log.open("w") as stderr:
             self.process = subprocess.Popen(

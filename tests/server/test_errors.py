@@ -105,6 +105,40 @@ def test_a_bad_value_is_a_400_that_names_the_field(
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("temperature", 3, "temperature must be at most 2, got 3."),
+        ("repetition_penalty", 0, "repetition_penalty must be at least 0.01, got 0."),
+        ("timeout_s", 0, "timeout_s must be above 0, got 0."),
+        ("seed", 2**63, "seed must be below 9223372036854775808, got 9223372036854775808."),
+    ],
+)
+def test_limits_are_spelled_as_in_the_documentation(
+    shared: tuple[TestClient, Service], field: str, value: float, message: str
+) -> None:
+    reply = shared[0].post(URL, json={**GOOD, field: value})
+
+    assert check_shape(reply)["message"] == message
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["a", "b" * 61, "c"], "Prompt 1 of 3, counted from 0: The prompt has 61 tokens"),
+        ([[97], [97], [268]], "Prompt 2 of 3, counted from 0: prompt contains the token id 268;"),
+        (["b" * 61], "The prompt has 61 tokens"),
+    ],
+)
+def test_a_bad_prompt_of_a_batch_is_named_by_its_place(
+    shared: tuple[TestClient, Service], prompts: Any, message: str
+) -> None:
+    reply = shared[0].post(URL, json={**GOOD, "prompt": prompts, "max_tokens": 4})
+
+    assert reply.status_code == 400
+    assert check_shape(reply)["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
     ("field", "hint"),
     [
         ("temprature", "Did you mean temperature?"),
@@ -210,6 +244,24 @@ def test_only_plain_json_is_read(
     assert reply.status_code == status
     if status != 200:
         check_shape(reply)
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/", "GET /dashboard"),
+        ("/v1/chat/completions", "POST /v1/completions"),
+        ("/v1/embeddings", "There is nothing here"),
+    ],
+)
+def test_who_looks_in_the_wrong_place_is_told_of_the_right_one(
+    shared: tuple[TestClient, Service], path: str, hint: str
+) -> None:
+    reply = shared[0].post(path, json={})
+
+    assert reply.status_code == 404
+    assert hint in check_shape(reply)["message"]
+    assert "GET /docs" in check_shape(reply)["message"]
 
 
 @pytest.mark.parametrize(("padding", "status"), [(0, 200), (1, 413)])

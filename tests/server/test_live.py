@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import ssl
@@ -424,6 +425,31 @@ def test_abuse_of_http_gets_an_answer_of_our_shape(
     assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize("model", ["runs/best", "owner/tiny"])
+def test_a_model_is_served_under_the_name_its_user_gave(
+    live_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "best").symlink_to(live_checkpoint)  # as a run's best leads to a step
+    downloaded = tmp_path / "hub" / "models--owner--tiny"
+    shutil.copytree(live_checkpoint, downloaded / "snapshots" / ("0" * 40))
+    (downloaded / "refs").mkdir()
+    (downloaded / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = tmp_path / model
+
+    server = LiveServer(path if path.is_dir() else model, tmp_path / "stderr")
+    try:
+        server.wait_until_ready()
+        with server.client() as client:
+            (card,) = client.get("/v1/models").json()["data"]
+    finally:
+        server.kill()
+
+    assert card["id"] == ("best" if path.is_dir() else model)
+
+
 def test_sigterm_finishes_what_runs_and_takes_nothing_new(start: Start) -> None:
     server = start()
     stream = server.open_stream(max_tokens=900, seed=4)
@@ -516,6 +542,7 @@ def test_what_prevents_a_start_is_told_in_a_sentence(live_checkpoint: Path, tmp_
         assert status == 1
         assert "Traceback" not in message
         assert message.splitlines()[-1].startswith("error:")
+        assert "ERROR" not in message  # the log would only say it again
     assert "nowhere" in cases[0][1]
     assert "model.safetensors" in cases[1][1]
     assert port in cases[2][1]

@@ -206,12 +206,14 @@ class Poison(LogDisplay):
         self.notes.append(message)
 
 
-def poisoned(run: Path, data: Path, steps: set[int]) -> tuple[Poison, torch.nn.Module]:
+def poisoned(
+    run: Path, data: Path, steps: set[int], *, sample_interval: int = 0
+) -> tuple[Poison, torch.nn.Module]:
     display = Poison(steps)
     settings: dict[str, Value] = {
         "n_layer": 1, "n_head": 2, "n_embd": 16, "n_ctx": 16, "batch": 2, "max_steps": 12,
         "max_skipped_steps": 3, "log_interval": 100, "checkpoint_interval": 4,
-        "sample_interval": 0, "precision": "float32", "device": "cpu",
+        "sample_interval": sample_interval, "precision": "float32", "device": "cpu",
     }  # fmt: skip
     trainer = start_run(run, settings, data=data, init=None, display=display, stop=StopRequest())
     display.weight = trainer.model.ln_f.weight
@@ -240,6 +242,19 @@ def test_run_stops_when_no_loss_is_finite_any_more(data: Path, tmp_path: Path) -
         poisoned(tmp_path / "run", data, {6, 7, 8})
 
     assert read_layout(tmp_path / "run" / "latest").config.n_layer == 1
+
+
+def test_sample_of_a_model_that_is_not_finite_is_left_out_and_reported(
+    data: Path, tmp_path: Path
+) -> None:
+    display, _ = poisoned(tmp_path / "run", data, {3, 4}, sample_interval=1)
+
+    lines = (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert [note for note in display.notes if "no sample" in note] == [
+        "step 2: no sample, the logits are not finite",
+        "step 3: no sample, the logits are not finite",
+    ]
 
 
 def test_finetuning_starts_from_the_checkpoints_weights(data: Path, tmp_path: Path) -> None:

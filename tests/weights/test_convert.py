@@ -49,6 +49,14 @@ def test_command_tells_line_by_line_what_it_did(tmp_path: Path) -> None:
     assert read_layout(tmp_path / "ours").dtypes == ["BF16"]
 
 
+def test_command_says_that_nothing_had_to_change(tmp_path: Path) -> None:
+    kvik_convert(nanogpt_run(tmp_path / "out"), tmp_path / "ours")
+
+    lines = kvik_convert(tmp_path / "ours", tmp_path / "again").output.splitlines()
+
+    assert lines[lines.index("changed") + 1] == "  nothing"
+
+
 def test_second_run_refuses_to_overwrite(tmp_path: Path) -> None:
     path = nanogpt_run(tmp_path / "out")
     kvik_convert(path, tmp_path / "ours")

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from weights.hub import HubError, resolve
+from weights.hub import HubError, name_of, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLD_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
@@ -159,6 +159,19 @@ def test_local_directory_is_returned_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
 
     assert resolve(str(tmp_path / "model")) == tmp_path / "model"
+
+
+def test_model_is_called_what_its_user_calls_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "step-00000750").mkdir()
+    (tmp_path / "best").symlink_to("step-00000750")
+    monkeypatch.chdir(tmp_path / "step-00000750")
+
+    assert name_of(str(tmp_path / "best")) == "best"
+    assert name_of("../best/") == "best"
+    assert name_of(".") == "step-00000750"
+    assert name_of("openai-community/gpt2") == "openai-community/gpt2"
 
 
 def test_name_becomes_a_directory_of_safetensors_config_and_tokenizer(

@@ -222,7 +222,7 @@ def test_a_checkpoint_without_a_file_is_refused(name: str, directory: Path) -> N
     (directory / name).unlink()
 
     assert refusal(directory) in (
-        f"{directory / 'config.json'} is missing (No such file or directory).",
+        f"{directory / 'config.json'} is missing.",
         f"{directory} has neither model.safetensors nor model.safetensors.index.json.",
     )
 
@@ -235,6 +235,22 @@ def test_weights_in_another_format_are_named_with_the_remedy(directory: Path) ->
     assert refusal(directory) == (
         f"{directory} has neither model.safetensors nor model.safetensors.index.json. It has "
         "ckpt.pt, pytorch_model.bin: bring it in with kvik convert."
+    )
+
+
+def test_who_names_a_run_or_nanogpts_directory_is_told_what_lies_there(
+    directory: Path, tmp_path: Path
+) -> None:
+    run, nanogpt = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    nanogpt.mkdir()
+    (run / "best").symlink_to(directory)
+    (run / "logs").mkdir()
+    (nanogpt / "ckpt.pt").touch()
+
+    assert refusal(run) == f"{run / 'config.json'} is missing. There is one in {run / 'best'}."
+    assert refusal(nanogpt) == (
+        f"{nanogpt / 'config.json'} is missing. It has ckpt.pt: bring it in with kvik convert."
     )
 
 
