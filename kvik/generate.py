@@ -101,4 +101,7 @@ def generate(
     if failure is not None:
         fail(failure)
     seconds = time.perf_counter() - start
-    console.print(f"[dim]{count} tokens, {count / seconds:.0f} tokens/s, seed {seed}[/]")
+    full = ""
+    if count < max_tokens and len(prompt_ids) + count == engine.n_ctx:
+        full = f", and the context of {engine.n_ctx} is full"
+    console.print(f"[dim]{count} tokens, {count / seconds:.0f} tokens/s, seed {seed}{full}[/]")

@@ -25,6 +25,7 @@ def describe_start(
         f"a step {format_bytes(facts.working_bytes)}; weights {format_bytes(facts.weights_bytes)}",
         *([] if facts.same_bytes else ["bytes    may vary with what else runs"]),
         f"address  {address}",
+        f"watch    {address}/dashboard",
         "try it   "
         f"curl -N {address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
     ]

@@ -45,5 +45,10 @@ class ServerConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise ValueError("an API key must be printable ASCII and not empty")
+        for origin in self.cors_origins:
+            if origin != "*" and not origin.startswith(("http://", "https://")):
+                raise ValueError(
+                    f"a CORS origin must be like https://example.org, or * for any, got {origin!r}"
+                )
         if self.tls_key is not None and self.tls_certificate is None:
             raise ValueError("a TLS key needs a TLS certificate: give both, or only the latter")

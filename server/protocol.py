@@ -645,9 +645,9 @@ def _describe(error: ErrorDetails) -> InvalidRequest:
     if kind in ("too_long", "too_short"):
         word = "at most" if kind == "too_long" else "at least"
         limit = context["max_length" if kind == "too_long" else "min_length"]
+        entries = "1 entry" if limit == 1 else f"{limit} entries"
         return InvalidRequest(
-            f"{param} must have {word} {limit} entries, got {context['actual_length']}.",
-            param=param,
+            f"{param} must have {word} {entries}, got {context['actual_length']}.", param=param
         )
     if kind == "string_pattern_mismatch":
         return InvalidRequest(

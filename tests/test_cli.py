@@ -293,6 +293,14 @@ def test_generate_says_the_seed_that_repeats_the_text(checkpoint: Path) -> None:
     assert again.stdout == first.stdout
 
 
+def test_generate_says_that_the_context_ended_the_text(checkpoint: Path) -> None:
+    whole = kvik("generate", "The", "-m", checkpoint, "--max-tokens", "1000")
+    part = kvik("generate", "The", "-m", checkpoint, "--max-tokens", "3")
+
+    assert re.search(r"and the context of \d+ is full\n", whole.stderr)
+    assert "context" not in part.stderr
+
+
 def test_generate_without_a_prompt_needs_a_token_to_start_from(tmp_path: Path) -> None:
     save(tiny_gpt(tiny_config(vocab_size=3)), tmp_path / "a", tokenizer=CharacterTokenizer("abc"))
 

@@ -138,6 +138,12 @@ def test_impossible_keys_are_refused_at_start(key: str) -> None:
         ServerConfig(api_keys=(key,))
 
 
+@pytest.mark.parametrize("origin", ["", "example.org", "https//example.org"])
+def test_an_origin_that_no_browser_sends_is_refused_at_the_start(origin: str) -> None:
+    with pytest.raises(ValueError, match=r"must be like https://example\.org, or \* for any"):
+        ServerConfig(cors_origins=("https://a.example", origin))
+
+
 def test_cross_origin_headers_are_sent_only_when_asked_for(serve: Serve) -> None:
     headers = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
     with serve(api_keys=KEYS) as (client, _):

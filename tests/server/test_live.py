@@ -102,7 +102,7 @@ def books_are_closed(server: LiveServer) -> bool:
 
 def test_it_says_what_it_loaded_and_how_to_ask(server: LiveServer) -> None:
     words = [line.split()[0] for line in server.lines]
-    assert words == ["model", "numbers", "threads", "memory", "address", "try"]
+    assert words == ["model", "numbers", "threads", "memory", "address", "watch", "try"]
     curl = server.lines[-1].removeprefix("try it   ")
     quick = curl.replace('"max_tokens": 200', '"max_tokens": 5')
 
