@@ -48,25 +48,34 @@ class Program:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """A server that runs, as the leader of a group of processes."""
+    """A server that runs, as the leader of a session of processes, whose groups may be several."""
 
     name: str
     url: str
-    group: int
+    session: int
     start_seconds: float  # from its start to the end of its first answer
 
     @property
     def resident_bytes(self) -> int:
-        """What the processes of the group hold in memory together (Linux)."""
-        total = 0
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rpartition(") ")[2].split()
-            except OSError:  # it has ended meanwhile
-                continue
-            if int(fields[2]) == self.group:
-                total += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-        return total
+        """What the processes of the session hold in memory together (Linux)."""
+        pages = sum(int(fields[21]) for _, fields in _processes(self.session))
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _processes(session: int) -> Iterator[tuple[int, list[str]]]:
+    """The processes of a session: pid, and what /proc says from the state on (Linux)."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            fields = stat.read_text().rpartition(") ")[2].split()
+            if int(fields[3]) == session:
+                yield int(stat.parent.name), fields
+
+
+def _tell(session: int, what: signal.Signals) -> None:
+    """Send a signal to all processes of a session."""
+    for pid, _ in _processes(session):
+        with suppress(ProcessLookupError):
+            os.kill(pid, what)
 
 
 @contextmanager
@@ -90,7 +99,7 @@ def started(name: str, url: str, command: str, *, timeout_seconds: float = 180) 
                     raise BenchmarkError(f"{name} gave no answer at {url}; its last words: {words}")
                 time.sleep(0.02)
             yield Server(
-                name=name, url=url, group=process.pid, start_seconds=time.perf_counter() - begin
+                name=name, url=url, session=process.pid, start_seconds=time.perf_counter() - begin
             )
         finally:
             _end(process)
@@ -110,12 +119,11 @@ def _answers(url: str, *, seed: int) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a group of processes: its leader is asked first, what is left of it then is killed."""
+    """End a session of processes: its leader is asked first, what is left of it then is killed."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(_END_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    _tell(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -124,8 +132,8 @@ def stopped(servers: Iterable[Server]) -> Iterator[None]:
     """Let servers stand still for the length of the block."""
     with ExitStack() as stack:
         for server in servers:
-            os.killpg(server.group, signal.SIGSTOP)
-            stack.callback(os.killpg, server.group, signal.SIGCONT)
+            _tell(server.session, signal.SIGSTOP)
+            stack.callback(_tell, server.session, signal.SIGCONT)
         yield
 
 
