@@ -1,6 +1,6 @@
 """A draw from a row of logits in a CPU's kernels: the tokens of `engine.draw`, and no sort.
 
-Four facts spare most of the work, and none of them is an approximation:
+Five facts spare most of the work, and none of them changes a token:
 
 - Noise is finite. A token further below the best than its range can make up for never wins.
 - A loud token, one whose noise has the highest top byte (one in 256), beats every token that is
