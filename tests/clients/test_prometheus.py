@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import urllib.error
@@ -181,3 +183,22 @@ def test_every_expression_of_the_dashboard_shows_something(
     # A share of what there is, as an account that closes.
     blocks = sum(_query(scraper, expressions[f"KV cache blocks {ref}"])[0] for ref in "ABC")
     assert [blocks] == _query(scraper, "sum(kvik_kv_cache_blocks)")
+
+
+@prometheus
+def test_an_engine_that_dies_is_on_the_dashboard_by_the_name_of_its_alert(
+    server: LiveServer, scraper: str
+) -> None:
+    (panel,) = (panel for panel in DASHBOARD["panels"] if panel["title"] == "Alerts")
+    (target,) = panel["targets"]
+
+    def shown() -> list[str]:
+        data = _ask(scraper, f"query?{urllib.parse.urlencode({'query': target['expr']})}")
+        return [sample["metric"]["alertname"] for sample in data["result"]] if data else []
+
+    until(lambda: shown() == ["none"], 60)
+    os.kill(server.worker_pid, signal.SIGKILL)
+
+    until(lambda: shown() == ["KvikEngineRestarts"], 60)
+    with server.client() as client:  # others are to find it well
+        until(lambda: client.get("/health/ready").status_code == 200, 60)
