@@ -136,8 +136,10 @@ def main() -> None:
     """Run as a process of its own."""
     socket_fd, recorder_fd, parent_pid = (int(argument) for argument in sys.argv[1:4])
     _die_with(parent_pid)
-    # Ctrl-C goes to the whole group; whether the engine ends is for the server to say.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # systemd asks all processes of a service to end, and a terminal may: when the engine does, after
+    # what still runs, is for the server to say.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     with socket.socket(fileno=socket_fd) as connection:
         try:

@@ -472,6 +472,23 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(start: Start) -> None:
     assert server.process.wait(30) == 0
 
 
+def test_sigterm_to_all_processes_finishes_what_runs_as_well(start: Start) -> None:
+    server = start()
+    stream = server.open_stream(max_tokens=900, seed=4)
+    events = stream.events()
+    next(events)
+
+    for pid in (server.worker_pid, server.pid):  # as systemd does
+        os.kill(pid, signal.SIGTERM)
+    *_, last = events
+    stream.close()
+
+    assert stream.is_done
+    assert last["choices"][0]["finish_reason"] == "length"
+    assert server.process.wait(30) == 0
+    assert "engine died" not in server.log.read_text()
+
+
 def test_what_outlasts_the_drain_ends_with_an_error_and_never_with_done(start: Start) -> None:
     server = start("--drain-seconds", "0.2")
     stream = server.open_stream(max_tokens=1000, n=16, logprobs=5, seed=4)
