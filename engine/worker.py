@@ -136,8 +136,8 @@ def main() -> None:
     """Run as a process of its own."""
     socket_fd, recorder_fd, parent_pid = (int(argument) for argument in sys.argv[1:4])
     _die_with(parent_pid)
-    # systemd asks all processes of a service to end, and a terminal may: when the engine does, after
-    # what still runs, is for the server to say.
+    # systemd asks all processes of a service to end, and a terminal may. When the engine does,
+    # after what still runs, is for the server to say.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
