@@ -277,8 +277,9 @@ def check_key(key: str, *, shown: str) -> str:
     """Return a key that exists; raises ConfigError, suggesting the nearest one."""
     if key in KEYS:
         return key
-    near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.7)
     remedy = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}."
+    remedy += " docs/training.md explains them, and has nanoGPT's names for them."
     raise ConfigError(f"{shown} is no key of a training run; {remedy}")
 
 
