@@ -257,15 +257,16 @@ async def test_a_closed_stream_frees_its_blocks(launch: LaunchConfig) -> None:
 @in_time
 async def test_one_choice_may_end_and_the_others_go_on(launch: LaunchConfig) -> None:
     async with started(launch) as client:
-        stream = client.submit("three", [1, 2, 3], params(0, 30), num_choices=3)
+        stream = client.submit("three", [1, 2, 3], params(0, 400), num_choices=3)
         counts = [0, 0, 0]
         async for choice, _ in stream:
             counts[choice] += 1
             if choice == 1 and counts[1] == 5:
                 client.abort_choice("three", 1)
 
-        assert counts[0] == counts[2] == 30
-        assert counts[1] == 5
+        assert counts[0] == counts[2] == 400
+        # What had come by then is still told, and a fast engine may be well ahead of us.
+        assert 5 <= counts[1] < 400
 
 
 @in_time

@@ -85,8 +85,11 @@ def train(
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics without the clock's part in them."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    """The lines of a run's metrics without the clock's part in them.
+
+    Not one that is being written: the system may show the part of it before a page ends.
+    """
+    *lines, _ = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
     records = [json.loads(line) for line in lines]
     for record in records:
         record.pop("tokens_per_second", None)
