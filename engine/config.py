@@ -17,7 +17,7 @@ _STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 _PROMPT_SHARE = 5 / 8
 
 # Prompt positions whose logits are held at a time. With fewer, the head's weights are read more
-# often than they need be: 32 made scoring a tenth slower.
+# often than they need be: 32 made scoring a twentieth slower.
 SCORED_ROWS = 256
 
 # What keys and values may be stored in; which of them where, `engine.loading` knows.

@@ -102,7 +102,8 @@ class _Announcement(event.Listener):  # type: ignore[misc]
         if not self._has_spoken:
             self._has_spoken = True
             logger.warning(
-                "compiling kernels for this machine, for some 20 seconds; the next start finds them"
+                "compiling kernels for this machine, for some 20 seconds%s",
+                "; the next start finds them" if _passing_folder is None else "",
             )
 
     def on_end(self, event: Any) -> None:

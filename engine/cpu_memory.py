@@ -61,7 +61,7 @@ def borrow(context: Any, array: Any) -> Any:
 
 
 _kept_types: dict[str, Any] = {}  # numba's, by name
-_kept_kinds: dict[str, list[object]] = {}  # what `_words` found, which tells types apart
+_kept_kinds: dict[str, list[object]] = {}  # what `_add_words` found, which tells types apart
 
 
 def keep(name: str, value: tuple[Any, ...]) -> Array:

@@ -153,8 +153,8 @@ class Scheduler:
 
         Every running sequence gets one token; what is left of the budget goes to those that
         want more, oldest first, and beside others that decode it is smaller. So a long prompt
-        delays the others by a chunk at most. A batch
-        without rows, which needs neither `update` nor `fail`, means that nothing is left to do.
+        delays the others by a chunk at most. A batch without rows, which needs neither `update`
+        nor `fail`, means that nothing is left to do.
 
         A sequence that gets fewer tokens than it wants has used the budget up. Hence at most one
         running sequence is short of its prompt, nobody is admitted beside it, and whoever waits

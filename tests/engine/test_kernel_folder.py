@@ -25,6 +25,11 @@ folder = pathlib.Path(numba.config.CACHE_DIR)
 print(folder, any(folder.rglob("*.nbc")))
 """
 
+# The same, where somebody waits for it.
+ANNOUNCED = KERNEL.replace("import KERNEL", "import KERNEL, announce_compiling").replace(
+    "assert double(2)", "with announce_compiling(): assert double(2)"
+)
+
 # `kvik`, which ends before any command; and then what it has told numba.
 COMMAND = """
 import os, sys
@@ -92,6 +97,27 @@ def test_an_engine_keeps_kernels_where_it_is_told_to_and_is_silent(tmp_path: Pat
     assert is_kept == "True"
     assert Path(folder).parent == tmp_path / "kernels"
     assert warned == ""
+
+
+def test_whoever_waits_for_kernels_is_told_and_the_next_one_does_not_wait(tmp_path: Path) -> None:
+    code = code_without_room(tmp_path / "code")
+    folder = {"NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
+
+    first, second = (run(ANNOUNCED, code, **folder)[1] for _ in range(2))
+
+    assert first.count("compiling kernels") == 1
+    assert "the next start finds them" in first
+    assert second == ""
+
+
+def test_nobody_is_told_of_a_next_start_that_finds_no_kernels(tmp_path: Path) -> None:
+    code = code_without_room(tmp_path / "code")
+
+    _, warned = run(ANNOUNCED, code, NUMBA_CACHE_DIR=str(closed(tmp_path / "kernels")))
+
+    assert "every start compiles" in warned
+    assert "compiling kernels" in warned
+    assert "the next start" not in warned
 
 
 def test_the_command_line_falls_back_to_the_user_s_cache(tmp_path: Path) -> None:
