@@ -152,9 +152,9 @@ class Scheduler:
         """Choose the rows of the next step: running sequences first, then waiting ones.
 
         Every running sequence gets one token; what is left of the budget goes to those that
-        want more, oldest first, and beside others that decode it is smaller. So a long prompt
-        delays the others by a chunk at most. A batch without rows, which needs neither `update`
-        nor `fail`, means that nothing is left to do.
+        want more, oldest first. Beside others that decode it is smaller, where it is not enough
+        anyway: so a long prompt delays the others by a chunk at most. A batch without rows, which
+        needs neither `update` nor `fail`, means that nothing is left to do.
 
         A sequence that gets fewer tokens than it wants has used the budget up. Hence at most one
         running sequence is short of its prompt, nobody is admitted beside it, and whoever waits
@@ -165,7 +165,9 @@ class Scheduler:
         batch = ScheduledBatch()
         num_preempted = self._grow_running()
         budget = self._config.step_tokens - len(self._running)
-        if any(s.num_tokens == s.num_computed_tokens + 1 for s in self._running):
+        decodes = any(s.num_tokens == s.num_computed_tokens + 1 for s in self._running)
+        # What one step can finish is not cut: that would only add a step.
+        if decodes and self._wants_more_than(budget):
             budget = min(budget, self._config.prompt_tokens)
         for sequence in self._running:
             num_extra = min(sequence.num_tokens - sequence.num_computed_tokens - 1, budget)
@@ -308,6 +310,15 @@ class Scheduler:
         num_preempted = num_running - len(self._running)
         self.num_preemptions += num_preempted
         return num_preempted
+
+    def _wants_more_than(self, budget: int) -> bool:
+        """Whether the prompts at hand take more tokens, were nothing of them cached."""
+        budget -= sum(s.num_tokens - s.num_computed_tokens - 1 for s in self._running)
+        for sequence in self._waiting:
+            if budget < 0:
+                break
+            budget -= sequence.num_tokens
+        return budget < 0
 
     def _admit(self, batch: ScheduledBatch, budget: int) -> None:
         """Start waiting sequences in order until budget, places or blocks run out.

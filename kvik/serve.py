@@ -65,7 +65,8 @@ def serve(
         int | None,
         typer.Option(
             envvar="KVIK_MAX_NUM_SCHEDULED_TOKENS",
-            help="Tokens a step computes; of prompts 5/8 of that, where others decode.",
+            help="Tokens a step computes; of prompts 5/8 of that, where others decode and it "
+            "cannot take all.",
             show_default="256, on CUDA 2048",
         ),
     ] = None,

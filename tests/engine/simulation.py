@@ -242,7 +242,7 @@ class SimulatedEngine:
             sequence.num_tokens == sequence.num_computed_tokens + 1
             for sequence in batch.sequences[:num_running]
         )
-        if decodes:
+        if decodes and is_cut:
             assert num_of_prompts <= self.config.prompt_tokens
         if is_cut:
             is_used = batch.num_tokens == self.config.step_tokens

@@ -91,6 +91,39 @@ def test_beside_a_sequence_that_decodes_prompts_get_part_of_a_step() -> None:
     assert chunks == [{0: 1, 1: 15}, {0: 1, 1: 11}]  # 1 and 5/8 of 16
 
 
+@pytest.mark.parametrize(
+    ("prompts", "chunks"),
+    [((14,), [14]), ((6, 8), [6, 8]), ((15,), [15]), ((16,), [10]), ((6, 10), [6, 4])],
+    ids=str,
+)
+def test_prompts_that_one_step_can_finish_are_not_cut(
+    prompts: tuple[int, ...], chunks: list[int]
+) -> None:
+    engine = make_engine(max_num_scheduled_tokens=16)
+    engine.add([1], params=endless())
+    engine.step()
+
+    for number, length in enumerate(prompts):
+        engine.add([2 + number] * length)
+
+    assert engine.schedule().num_scheduled_tokens == [1, *chunks]
+
+
+def test_a_prompt_whose_rest_one_step_can_finish_is_not_cut_again() -> None:
+    engine = make_engine(max_num_scheduled_tokens=16)
+    engine.add([1], params=endless())
+    engine.step()
+
+    engine.add([2] * 25)
+    chunks = []
+    for _ in range(2):
+        batch = engine.schedule()
+        chunks.append(batch.num_scheduled_tokens)
+        execute(engine, batch, set())
+
+    assert chunks == [[1, 10], [1, 15]]
+
+
 def test_a_step_holds_the_sequence_budget() -> None:
     engine = make_engine(max_num_sequences=2)
     for _ in range(3):
