@@ -4,7 +4,6 @@ A contestant is a server that speaks OpenAI's completions API, or a program that
 tokens/s. Nothing here knows what is measured.
 """
 
-import asyncio
 import os
 import re
 import shlex
@@ -19,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.serving import BenchmarkError, LoadConfig, measure_serving
+from benchmarks.serving import BenchmarkError, LoadConfig, bench_serving
 
 _SPEED = re.compile(r"batch (\d+): ([\d.]+) tokens/s")
 _END_SECONDS = 20  # for a server to end by itself
@@ -112,7 +111,7 @@ def _answers(url: str, *, seed: int) -> bool:
         seed=seed,
     )  # fmt: skip
     try:
-        asyncio.run(measure_serving(load))
+        bench_serving(load)
     except BenchmarkError:
         return False
     return True

@@ -7,7 +7,6 @@ tokens/s`. Both may be given again, for more peers.
 """
 
 import argparse
-import asyncio
 import datetime
 import importlib.metadata
 import os
@@ -25,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.comparison import SCENARIOS, Comparison, Load, Measurement, loads_of
 from benchmarks.contestants import Program, Server, free_port, kvik_command, started, stopped
-from benchmarks.serving import BenchmarkError, LoadConfig, measure_serving
+from benchmarks.serving import BenchmarkError, LoadConfig, bench_serving
 
 WARM_TURN = 0  # the round that does not count
 _PROCESS_ROWS = (("first answer, s", "start_seconds", 1), ("resident, MB", "resident_bytes", 1e6))
@@ -43,7 +42,7 @@ def put(load: Load, server: Server, *, turn: int) -> dict[str, Any]:
         top_p=load.top_p,
         seed=load.seed(turn),
     )
-    numbers = asyncio.run(measure_serving(config))
+    numbers = bench_serving(config)
     if numbers["num_errors"]:
         raise BenchmarkError(
             f"{server.name}: {numbers['num_errors']} of {load.num_streams} streams failed; "

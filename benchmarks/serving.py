@@ -10,16 +10,18 @@ import json
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import uvloop
 from rich.table import Table
 
 PERCENTILES = (50, 90, 95, 99)
-_RECEIVE_BYTES = 2**18
 _END = b"\ndata: [DONE]"  # in no event: there a line's end is written as two characters
+Pieces = list[tuple[float, bytes]]  # of a reply: when each came
+
 _WORDS = ("the", "and", "a", "to", "of", "in", "was", "that", "he", "she", "said", "king", "house")
 
 
@@ -65,7 +67,7 @@ class StreamResult:
     """What one client saw; times in seconds on the benchmark's clock."""
 
     started_at: float
-    pieces: list[tuple[float, bytes]] = dataclasses.field(default_factory=list)  # not yet looked at
+    pieces: Pieces = dataclasses.field(default_factory=list)  # not yet looked at
     arrivals: list[float] = dataclasses.field(default_factory=list)  # of chunks with text
     ended_at: float = 0.0
     num_tokens: int = 0  # by `usage`, else chunks with text
@@ -87,13 +89,20 @@ class StreamResult:
         return (self.arrivals[-1] - self.arrivals[0]) / max(1, self.num_tokens - 1)
 
 
-async def measure_serving(
+def bench_serving(
     config: LoadConfig, *, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Put the load on the server and report; `advance` hears of every stream that ended.
 
     Raises BenchmarkError if the server cannot be reached or no stream came through.
     """
+    return uvloop.run(measure_serving(config, advance=advance))
+
+
+async def measure_serving(
+    config: LoadConfig, *, advance: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """See `bench_serving`; for who has an event loop."""
     model = config.model or await _first_model(config)
     numbers = random.Random(config.seed)
     prompts = [
@@ -145,49 +154,69 @@ async def _open_loop(
     return list(await asyncio.gather(*streams))
 
 
-async def _exchange(
-    config: LoadConfig, method: str, path: str, body: bytes = b""
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, int]:
-    """Send a request; its status, and the connection where its head was read.
+class _Reply(asyncio.Protocol):
+    """What comes back on a connection, noted as it comes and looked at later.
+
+    Who measures runs on the server's machine, and would keep it from its work: so this is all that
+    happens for a token.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: Pieces = []
+        self.ended = asyncio.get_running_loop().create_future()
+        self._last = b""
+
+    def data_received(self, data: bytes) -> None:
+        """See Protocol."""
+        self.pieces.append((time.perf_counter(), data))
+        self._last = self._last[-len(_END) :] + data
+        if _END in self._last and not self.ended.done():
+            self.ended.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See Protocol."""
+        if self.ended.done():
+            return
+        if exc is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(exc)
+
+
+async def _exchange(config: LoadConfig, method: str, path: str, body: bytes = b"") -> Pieces:
+    """Send a request; the reply to its end, which is that of the connection or of the stream.
 
     HTTP/1.0, so that the body is not in chunks and ends with the connection.
     """
     parts = urlsplit(config.url)
     is_tls = parts.scheme == "https"
     base = parts.path.rstrip("/").removesuffix("/v1")
-    reader, writer = await asyncio.open_connection(
-        parts.hostname, parts.port or (443 if is_tls else 80), ssl=is_tls, limit=_RECEIVE_BYTES
+    transport, reply = await asyncio.get_running_loop().create_connection(
+        _Reply, str(parts.hostname), parts.port or (443 if is_tls else 80), ssl=is_tls or None
     )
     key = f"Authorization: Bearer {config.api_key}\r\n" if config.api_key else ""
-    writer.write(
+    transport.write(
         f"{method} {base}{path} HTTP/1.0\r\nHost: {parts.netloc}\r\n{key}"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         "Connection: close\r\n\r\n".encode()
         + body
     )
     try:
-        status = int((await reader.readline()).split(maxsplit=2)[1])
-        while (await reader.readline()).strip():
-            pass
-    except (IndexError, ValueError, OSError):
-        writer.close()
-        raise ConnectionError("the server's reply is no HTTP") from None
-    except asyncio.CancelledError:  # it took too long
-        writer.close()
-        raise
-    return reader, writer, status
+        await reply.ended
+    finally:
+        transport.close()
+    return reply.pieces
 
 
 async def _first_model(config: LoadConfig) -> str:
     try:
         async with asyncio.timeout(30):
-            reader, writer, status = await _exchange(config, "GET", "/v1/models")
-            data = await reader.read()
-            writer.close()
+            pieces = await _exchange(config, "GET", "/v1/models")
     except (OSError, TimeoutError) as error:
         raise BenchmarkError(f"{config.url} cannot be reached: {error or 'timeout'}.") from None
+    status, lines = _after_head(pieces)
     try:
-        name = json.loads(data)["data"][0]["id"]
+        name = json.loads(b"\n".join(line for _, line in lines))["data"][0]["id"]
     except (ValueError, KeyError, IndexError, TypeError):
         raise BenchmarkError(
             f"{config.url} has no list of models (status {status}); name one with --model."
@@ -213,70 +242,79 @@ async def stream_completion(config: LoadConfig, model: str, prompt: str) -> Stre
     result = StreamResult(started_at=time.perf_counter())
     try:
         async with asyncio.timeout(config.timeout_seconds):
-            reader, writer, status = await _exchange(
+            result.pieces = await _exchange(
                 config, "POST", "/v1/completions", json.dumps(body).encode()
             )
-            try:
-                if status != 200:
-                    said = (await reader.read(500)).decode(errors="replace")
-                    result.error = f"status {status}: {said}"
-                else:
-                    await _receive(reader, result)
-            finally:
-                writer.close()
     except (OSError, TimeoutError) as error:
         result.error = str(error) or "timeout"
     result.ended_at = time.perf_counter()
     return result
 
 
-async def _receive(reader: asyncio.StreamReader, result: StreamResult) -> None:
-    """Take a stream to its end, as it comes."""
-    last = b""
-    while data := await reader.read(_RECEIVE_BYTES):
-        result.pieces.append((time.perf_counter(), data))
-        last = last[-len(_END) :] + data
-        if _END in last:
-            return
-    result.error = "the stream ended without [DONE]"
-
-
 def _look_at(result: StreamResult) -> None:
-    """Find out what came when, in the order in which it came.
-
-    Afterwards: who measures runs on the server's machine, and would keep it from its work.
-    """
+    """Find out what came when, in the order in which it came."""
     pieces, result.pieces = result.pieces, []
+    if result.error is not None:
+        return
     try:
-        error = _find_events(pieces, result)
+        result.error = _find_events(pieces, result)
     except ValueError as broken:
-        error = f"an event that is no JSON: {broken}"
+        result.error = f"an event that is no JSON: {broken}"
     except (KeyError, TypeError, AttributeError):
-        error = "the stream has events of another shape than OpenAI's"
-    result.error = error or result.error
-    if result.error is None and not result.arrivals:
-        result.error = "a stream without text"
+        result.error = "the stream has events of another shape than OpenAI's"
 
 
-def _find_events(pieces: list[tuple[float, bytes]], result: StreamResult) -> str | None:
-    """Go through a stream; what its server says went wrong, if anything."""
-    rest = b""
+def _find_events(pieces: Pieces, result: StreamResult) -> str | None:
+    """Go through a stream; what went wrong, if anything."""
+    status, lines = _after_head(pieces)
+    if status is None:
+        return "the server's reply is no HTTP"
+    if status != 200:
+        said = b"\n".join(line for _, line in lines)[:500].decode(errors="replace")
+        return f"status {status}: {said}"
+    is_done = False
+    for arrived_at, line in lines:
+        content = line[5:].strip()
+        if not line.startswith(b"data:"):
+            continue
+        if content == b"[DONE]":
+            is_done = True
+            continue
+        event = json.loads(content)
+        if "error" in event:
+            return json.dumps(event["error"])
+        if any(choice.get("text") for choice in event.get("choices", ())):
+            result.arrivals.append(arrived_at)
+            result.num_tokens += 1
+        usage = event.get("usage")
+        if usage:
+            result.num_tokens = usage["completion_tokens"]
+    if not is_done:
+        return "the stream ended without [DONE]"
+    return None if result.arrivals else "a stream without text"
+
+
+def _after_head(pieces: Pieces) -> tuple[int | None, Iterator[tuple[float, bytes]]]:
+    """A reply's status, None where it is no HTTP, and the lines of its body."""
+    lines = _lines(pieces)
+    try:
+        status = int(next(lines)[1].split(maxsplit=2)[1])
+    except (StopIteration, IndexError, ValueError):
+        return None, lines
+    for _, line in lines:
+        if not line.strip():
+            break
+    return status, lines
+
+
+def _lines(pieces: Pieces) -> Iterator[tuple[float, bytes]]:
+    """Lines, each with the moment when it was complete."""
+    rest, arrived_at = b"", 0.0
     for arrived_at, data in pieces:
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
-            content = line[5:].strip()
-            if not line.startswith(b"data:") or content == b"[DONE]":
-                continue
-            event = json.loads(content)
-            if "error" in event:
-                return json.dumps(event["error"])
-            if any(choice.get("text") for choice in event.get("choices", ())):
-                result.arrivals.append(arrived_at)
-                result.num_tokens += 1
-            usage = event.get("usage")
-            if usage:
-                result.num_tokens = usage["completion_tokens"]
-    return None
+            yield arrived_at, line
+    yield arrived_at, rest
 
 
 def report(

@@ -6,7 +6,6 @@ server and its worker together: after the start, and after a load of streams.
 """
 
 import argparse
-import asyncio
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.serving import LoadConfig, measure_serving
+from benchmarks.serving import LoadConfig, bench_serving
 
 _POLL_SECONDS = 0.005
 _UNITS = {"bytes": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -91,7 +90,7 @@ def measure_start(
                 url=url, model="gpt2", num_requests=num_streams, concurrency=num_streams,
                 prompt_words=24, max_tokens=max_tokens, temperature=0.8,
             )  # fmt: skip
-            asyncio.run(measure_serving(load))
+            bench_serving(load)
             after_load = _memory(process.pid, text)
         finally:
             process.send_signal(signal.SIGTERM)

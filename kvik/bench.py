@@ -1,6 +1,5 @@
 """The commands that measure: `bench serve` and `bench decode`."""
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Annotated
@@ -70,7 +69,7 @@ def bench_serve(
     ] = None,
 ) -> None:
     """Put load on a server and show its latencies, tokens/s and goodput."""
-    from benchmarks.serving import BenchmarkError, LoadConfig, measure_serving, table_of
+    from benchmarks.serving import BenchmarkError, LoadConfig, bench_serving, table_of
 
     try:
         config = LoadConfig(
@@ -97,7 +96,7 @@ def bench_serve(
             disable=not console.is_terminal,
         ) as progress:
             task = progress.add_task("streams", total=num_requests)
-            numbers = asyncio.run(measure_serving(config, advance=lambda: progress.advance(task)))
+            numbers = bench_serving(config, advance=lambda: progress.advance(task))
         if report is not None:
             report.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     except (BenchmarkError, ValueError) as error:
