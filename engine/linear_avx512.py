@@ -520,5 +520,6 @@ def _pack(weight: Tensor, packed: Array) -> None:
         padded = weight.new_zeros(num_blocks * _LANES, steps * values)
         padded[:num_outputs, :size] = weight
         weight = padded
-    blocks = torch.from_numpy(packed).view(weight.dtype).view(num_blocks, steps, _LANES, values)
-    blocks.copy_(weight.view(num_blocks, _LANES, steps, values).transpose(1, 2))
+    # By words of 4 bytes: numbers moved one by one take torch ten times as long.
+    words = weight.contiguous().view(torch.int32).view(num_blocks, _LANES, steps)
+    torch.from_numpy(packed).view(torch.int32).copy_(words.transpose(1, 2))
