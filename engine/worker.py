@@ -40,7 +40,7 @@ from engine.messages import (
     pack,
     unpack_to_worker,
 )
-from weights.layout import CheckpointError
+from weights.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -135,8 +135,8 @@ def bench_decode(
     """Measure the engine alone, decoding in batches of several sizes."""
     from benchmarks.decode import bench_decode as measure
     from engine.errors import EngineError
+    from weights.errors import CheckpointError
     from weights.hub import resolve
-    from weights.layout import CheckpointError
 
     try:
         measure(

@@ -15,8 +15,8 @@ def inspect(
     directory: Annotated[Path, typer.Argument(help="A checkpoint directory.")],
 ) -> None:
     """Show a checkpoint's shape, files, tokenizer and memory ledger. Loads nothing."""
+    from weights.errors import CheckpointError
     from weights.inspection import describe
-    from weights.layout import CheckpointError
 
     try:
         lines = describe(directory)
@@ -42,8 +42,9 @@ def score(
     from model.score import score as score_tokens
     from model.vocabulary import TokenizerError
     from weights.checkpoint import load_layout
+    from weights.errors import CheckpointError
     from weights.hub import resolve
-    from weights.layout import CheckpointError, read_layout, read_tokenizer
+    from weights.layout import read_layout, read_tokenizer
 
     try:
         text = file.read_bytes().decode()
@@ -125,7 +126,7 @@ def convert(
 
     from model.config import Activation
     from weights.convert.conversion import convert as convert_checkpoint
-    from weights.layout import CheckpointError
+    from weights.errors import CheckpointError
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in dtypes:

@@ -47,8 +47,9 @@ def generate(
     from engine.loading import load_engine
     from engine.sampling_params import SamplingParams
     from model.vocabulary import TokenizerError
+    from weights.errors import CheckpointError
     from weights.hub import resolve
-    from weights.layout import CheckpointError, read_layout, read_tokenizer
+    from weights.layout import read_layout, read_tokenizer
 
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")

@@ -175,8 +175,9 @@ def serve(
     from engine.worker_process import WorkerProcess
     from model.vocabulary import TokenizerError
     from server import log
+    from weights.errors import CheckpointError
     from weights.hub import name_of, resolve
-    from weights.layout import CheckpointError, read_layout
+    from weights.layout import read_layout
 
     if log_format not in log.FORMATS:
         fail(f"--log-format must be one of {', '.join(log.FORMATS)}, got {log_format!r}.")

@@ -43,6 +43,7 @@ NO_TORCH = [
     "model/tokenizer.py",
     "model/vocabulary.py",
     "weights/digest.py",
+    "weights/errors.py",
     "weights/hub.py",
     "weights/inspection.py",
     "weights/layout.py",

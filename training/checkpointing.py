@@ -32,7 +32,8 @@ from model.tokenizer import Tokenizer
 from training.config import TrainingConfig, format_toml, read_toml, resolve
 from training.errors import RunError
 from weights import checkpoint
-from weights.layout import CheckpointError, new_directory
+from weights.errors import CheckpointError
+from weights.layout import new_directory
 
 CONFIG_FILE = "config.toml"
 FACTS_FILE = "run.json"

@@ -30,7 +30,8 @@ from training.display import Display
 from training.errors import ConfigError, DataError, DivergedError, RunError
 from training.optimizer import learning_rate_at, make_optimizer
 from weights import checkpoint
-from weights.layout import CheckpointError, read_layout, read_tokenizer
+from weights.errors import CheckpointError
+from weights.layout import read_layout, read_tokenizer
 
 _SAMPLE_TEMPERATURE = 0.8
 

@@ -14,7 +14,8 @@ from model.tokenizer import BytePairTokenizer, CharacterTokenizer, Tokenizer, lo
 from model.vocabulary import END_OF_TEXT, TokenizerError
 from training.data import DATA_FILE, write_shards
 from training.errors import DataError
-from weights.layout import CheckpointError, new_directory
+from weights.errors import CheckpointError
+from weights.layout import new_directory
 
 _PIECE_CHARACTERS = 1_000_000  # encoded at a time, so that memory does not grow with the text
 _GPT2_VOCAB_SIZE = 50257

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from model.gpt import GPT, Block
 from model.tokenizer import Tokenizer
+from weights.errors import CheckpointError
 from weights.layout import (
     CONFIG_FILE,
     INDEX_FILE,
     TRANSPOSED,
     WEIGHTS_FILE,
-    CheckpointError,
     Layout,
     StoredTensor,
     format_config,

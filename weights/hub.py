@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
-from weights.layout import CheckpointError
+from weights.errors import HubError
 
 TOKENIZER_FILES = (
     "vocab.json",
@@ -29,10 +29,6 @@ _WANTED_FILES = (
 )
 _PICKLES = re.compile(r"(pytorch_model.*\.bin|.*\.pt|.*\.pth|.*\.pkl)")
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?", re.ASCII)
-
-
-class HubError(CheckpointError):
-    """A name that did not become a directory."""
 
 
 def resolve(

@@ -4,7 +4,8 @@ import hashlib
 from pathlib import Path
 
 from model.vocabulary import TokenizerError
-from weights.layout import CheckpointError, Layout, read_layout, read_tokenizer
+from weights.errors import CheckpointError
+from weights.layout import Layout, read_layout, read_tokenizer
 from weights.ledger import PRECISIONS, MemoryLedger, available_memory_bytes, format_bytes
 
 

@@ -18,6 +18,7 @@ from typing import Any, get_args
 from model.config import Activation, GPTConfig
 from model.files import FileError, read_object, regular_file_size, shown
 from model.tokenizer import Tokenizer, load_tokenizer
+from weights.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -55,10 +56,6 @@ _ACTIVATION_NAMES: dict[str, Activation] = {
     **{name: name for name in get_args(Activation)},
     "gelu_pytorch_tanh": "gelu_new",  # the same function under another name
 }
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used, or written; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

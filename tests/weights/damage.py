@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, settings
 
 from tests.json_documents import write_json
 from tests.tiny_models import tiny_config
-from weights.layout import CheckpointError, read_layout
+from weights.errors import CheckpointError
+from weights.layout import read_layout
 
 CONFIG = tiny_config(n_layer=1, n_head=1, n_embd=4, n_ctx=4, vocab_size=7, n_inner=3)
 

@@ -22,7 +22,8 @@ import torch
 from tests.byte_pairs import byte_pair_tokenizer
 from tests.tiny_models import tiny_config, tiny_gpt
 from weights.checkpoint import load, save
-from weights.layout import CheckpointError, read_layout, read_tokenizer
+from weights.errors import CheckpointError
+from weights.layout import read_layout, read_tokenizer
 
 TEXT_FILES = [
     "model.safetensors.index.json",

@@ -18,7 +18,8 @@ from model.gpt import GPT
 from tests.byte_pairs import byte_pair_tokenizer
 from tests.tiny_models import random_tokens, tiny_checkpoint, tiny_config, tiny_gpt
 from weights.checkpoint import load, load_layout, save
-from weights.layout import CheckpointError, read_layout
+from weights.errors import CheckpointError
+from weights.layout import read_layout
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

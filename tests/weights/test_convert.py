@@ -14,7 +14,8 @@ from model.config import GPTConfig
 from tests.weights.nanogpt_model import NanoGPT, nanogpt_checkpoint, write_meta
 from weights.convert.conversion import convert
 from weights.convert.foreign import check_size
-from weights.layout import CheckpointError, read_layout
+from weights.errors import CheckpointError
+from weights.layout import read_layout
 
 CHARACTERS = "\n abcdefgh"
 

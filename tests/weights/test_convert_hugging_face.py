@@ -15,7 +15,8 @@ from model.tokenizer import BytePairTokenizer, load_tokenizer
 from model.vocabulary import byte_alphabet
 from weights.checkpoint import load
 from weights.convert.conversion import convert
-from weights.layout import CheckpointError, read_layout
+from weights.errors import CheckpointError
+from weights.layout import read_layout
 
 VOCAB_SIZE = 260
 TOKENS = torch.tensor([257, 4, 259, 0, 258, 7])

@@ -13,7 +13,8 @@ from model.vocabulary import byte_alphabet
 from weights.checkpoint import load
 from weights.convert.conversion import convert
 from weights.convert.llm_c import read_llm_c_tokenizer
-from weights.layout import CheckpointError, read_layout
+from weights.errors import CheckpointError
+from weights.layout import read_layout
 
 N_LAYER, N_HEAD, WIDTH, CONTEXT, VOCAB_SIZE, ROWS = 2, 2, 8, 16, 260, 384
 TOKENS = torch.tensor([257, 4, 259, 0, 258, 7])

@@ -14,7 +14,8 @@ from model.vocabulary import byte_alphabet
 from tests.weights.nanogpt_model import NanoGPT, nanogpt_checkpoint, write_meta
 from weights.checkpoint import load
 from weights.convert.conversion import convert
-from weights.layout import CheckpointError, read_layout, read_tokenizer
+from weights.errors import CheckpointError
+from weights.layout import read_layout, read_tokenizer
 
 CHARACTERS = "\n !'-abcdefghijklmnopqrstuvwxyzäöß→😀"
 

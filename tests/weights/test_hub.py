@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from weights.hub import HubError, name_of, resolve
+from weights.errors import HubError
+from weights.hub import name_of, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLD_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"

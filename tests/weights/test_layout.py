@@ -23,14 +23,8 @@ from tests.weights.damage import (
     refusal,
 )
 from weights.checkpoint import load
-from weights.layout import (
-    CheckpointError,
-    format_config,
-    parse_config,
-    read_layout,
-    read_tokenizer,
-    stored_shapes,
-)
+from weights.errors import CheckpointError
+from weights.layout import format_config, parse_config, read_layout, read_tokenizer, stored_shapes
 
 # What a good directory says
 

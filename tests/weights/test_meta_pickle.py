@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.weights.nanogpt_model import write_meta
 from weights.convert.meta_pickle import parse_plain_pickle, read_characters
-from weights.layout import CheckpointError
+from weights.errors import CheckpointError
 
 HERE = Path("meta.pkl")
 CHARACTERS = "\n !abcäß→😀"

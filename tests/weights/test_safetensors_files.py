@@ -19,10 +19,7 @@ from tests.weights.damage import (
     refusal,
     write_file,
 )
-from weights.layout import (
-    read_layout,
-    stored_shapes,
-)
+from weights.layout import read_layout, stored_shapes
 
 # Headers
 

@@ -12,7 +12,8 @@ from weights.checkpoint import write
 from weights.convert.hugging_face import copy_tokenizer, keep_token_ids
 from weights.convert.recognition import read_foreign
 from weights.convert.tokenizer_search import FoundTokenizer, find_tokenizer, is_padded
-from weights.layout import CONFIG_FILE, CheckpointError, new_directory, read_json, read_layout
+from weights.errors import CheckpointError
+from weights.layout import CONFIG_FILE, new_directory, read_json, read_layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

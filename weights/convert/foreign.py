@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.config import GPTConfig
 from model.gpt import GPT
-from weights.layout import CheckpointError
+from weights.errors import CheckpointError
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks that some versions store

@@ -16,12 +16,12 @@ from weights.convert.foreign import (
     describe,
 )
 from weights.convert.torch_file import read_torch_file
+from weights.errors import CheckpointError
 from weights.hub import TOKENIZER_FILES
 from weights.layout import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
     TRANSPOSED,
-    CheckpointError,
     parse_config,
     read_json,
     read_layout,

@@ -13,7 +13,7 @@ from model.config import GPTConfig
 from model.tokenizer import BytePairTokenizer
 from model.vocabulary import END_OF_TEXT, TokenizerError, byte_alphabet
 from weights.convert.foreign import ForeignCheckpoint, describe
-from weights.layout import CheckpointError
+from weights.errors import CheckpointError
 
 _MODEL_MAGIC = 20240326
 TOKENIZER_FILE = "gpt2_tokenizer.bin"

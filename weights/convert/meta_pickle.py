@@ -12,7 +12,7 @@ from typing import Any
 
 from model.tokenizer import CharacterTokenizer
 from model.vocabulary import TokenizerError
-from weights.layout import CheckpointError
+from weights.errors import CheckpointError
 
 _MAX_FILE_BYTES = 64 * 2**20  # every character of Unicode, both ways, takes some 25 MB
 

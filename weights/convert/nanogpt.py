@@ -14,7 +14,7 @@ from weights.convert.foreign import (
     clean_names,
     describe,
 )
-from weights.layout import CheckpointError
+from weights.errors import CheckpointError
 
 META_FILE = "meta.pkl"
 _NUMBERS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")

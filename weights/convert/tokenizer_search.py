@@ -8,8 +8,8 @@ from model.vocabulary import TokenizerError
 from weights.convert.foreign import ForeignCheckpoint
 from weights.convert.llm_c import TOKENIZER_FILE, read_llm_c_tokenizer
 from weights.convert.meta_pickle import read_characters
+from weights.errors import CheckpointError
 from weights.hub import TOKENIZER_FILES
-from weights.layout import CheckpointError
 
 _GPT2_VOCAB_SIZE = 50257
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from weights.layout import CheckpointError
+from weights.errors import CheckpointError
 
 START_BYTES = 32  # enough to tell every kind of file
 _ZIP_START = b"PK\x03\x04"
