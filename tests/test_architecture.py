@@ -48,6 +48,7 @@ NO_TORCH = [
     "weights/inspection.py",
     "weights/layout.py",
     "weights/ledger.py",
+    "weights/new_directory.py",
     "engine/block_manager.py",
     "engine/client.py",
     "engine/config.py",

@@ -33,7 +33,7 @@ from training.config import TrainingConfig, format_toml, read_toml, resolve
 from training.errors import RunError
 from weights import checkpoint
 from weights.errors import CheckpointError
-from weights.layout import new_directory
+from weights.new_directory import new_directory
 
 CONFIG_FILE = "config.toml"
 FACTS_FILE = "run.json"

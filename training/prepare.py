@@ -15,7 +15,7 @@ from model.vocabulary import END_OF_TEXT, TokenizerError
 from training.data import DATA_FILE, write_shards
 from training.errors import DataError
 from weights.errors import CheckpointError
-from weights.layout import new_directory
+from weights.new_directory import new_directory
 
 _PIECE_CHARACTERS = 1_000_000  # encoded at a time, so that memory does not grow with the text
 _GPT2_VOCAB_SIZE = 50257

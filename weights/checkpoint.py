@@ -21,10 +21,10 @@ from weights.layout import (
     Layout,
     StoredTensor,
     format_config,
-    new_directory,
     read_layout,
     stored_shapes,
 )
+from weights.new_directory import new_directory
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK_BYTES = 2**20  # read at a time, so that loading needs little more than the model

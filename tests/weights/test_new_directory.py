@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from weights.errors import CheckpointError
-from weights.layout import new_directory
+from weights.new_directory import new_directory
 
 
 def test_a_new_directory_appears_when_its_writer_is_done(tmp_path: Path) -> None:
