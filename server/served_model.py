@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.tokenizer import Tokenizer
-from weights.layout import CONFIG_FILE, Layout, read_layout, read_tokenizer
+from weights.layout import Layout, read_layout, read_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class ServedModel:
             special_token_ids=tokenizer.special_token_ids | {*layout.eos_token_ids},
             max_token_bytes=max(sizes),
             mean_token_bytes=sum(sizes) / len(sizes),
-            created=int((layout.directory / CONFIG_FILE).stat().st_mtime),
+            created=int(layout.config_file.stat().st_mtime),
         )
 
     def estimate_tokens(self, prompt: str | list[int]) -> int:

@@ -44,6 +44,7 @@ NO_TORCH = [
     "model/vocabulary.py",
     "weights/digest.py",
     "weights/errors.py",
+    "weights/files.py",
     "weights/hub.py",
     "weights/inspection.py",
     "weights/layout.py",

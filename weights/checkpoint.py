@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from model.gpt import GPT, Block
 from model.tokenizer import Tokenizer
 from weights.errors import CheckpointError
+from weights.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from weights.layout import (
-    CONFIG_FILE,
-    INDEX_FILE,
     TRANSPOSED,
-    WEIGHTS_FILE,
     Layout,
     StoredTensor,
     format_config,

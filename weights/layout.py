@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import Any, get_args
 
 from model.config import Activation, GPTConfig
-from model.files import FileError, read_object, regular_file_size, shown
+from model.files import FileError, regular_file_size, shown
 from model.tokenizer import Tokenizer, load_tokenizer
 from weights.errors import CheckpointError
-
-CONFIG_FILE = "config.json"
-GENERATION_CONFIG_FILE = "generation_config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from weights.files import (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    read_json,
+    what_else_lies_in,
+)
 
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # the safetensors names of what we load
 
-_MAX_JSON_BYTES = 4 * 2**20
 _MAX_HEADER_BYTES = 2**20  # the 1.5B's header has 90 kB; the format alone would allow 100 MB
 _MAX_TENSORS = 4096
 _MAX_LAYERS = 320  # nearly 4096 tensors; GPT-2's largest has 48
@@ -82,6 +84,11 @@ class Layout:
     eos_token_ids: tuple[int, ...]
 
     @property
+    def config_file(self) -> Path:
+        """The file that the config came from."""
+        return self.directory / CONFIG_FILE
+
+    @property
     def files(self) -> list[Path]:
         """The weight files, in order."""
         return sorted({tensor.file for tensor in self.tensors.values()})
@@ -104,7 +111,7 @@ def read_layout(directory: Path) -> Layout:
         )
     if not os.path.lexists(directory / CONFIG_FILE):
         raise CheckpointError(
-            f"{directory / CONFIG_FILE} is missing.{_what_else_lies_in(directory)}"
+            f"{directory / CONFIG_FILE} is missing.{what_else_lies_in(directory)}"
         )
     document = read_json(directory / CONFIG_FILE)
     config = parse_config(document, directory / CONFIG_FILE)
@@ -285,14 +292,6 @@ def stored_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a regular file; raises CheckpointError, naming the file."""
-    try:
-        return read_object(path, max_bytes=_MAX_JSON_BYTES)
-    except FileError as error:
-        raise CheckpointError(str(error)) from error
-
-
 def _token_ids(
     document: Mapping[str, Any],
     generation: Mapping[str, Any],
@@ -333,19 +332,6 @@ def _check_tensor(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _what_else_lies_in(directory: Path) -> str:
-    """What someone may have meant by a directory that is no checkpoint: a sentence, or nothing."""
-    inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
-    if inside:  # the directory of a training run, for one
-        return f" There is one in {', '.join(map(str, inside[:5]))}."
-    others = sorted(
-        path.name
-        for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5")
-        for path in directory.glob(pattern)
-    )
-    return f" It has {', '.join(others)}: bring it in with kvik convert." if others else ""
-
-
 def _read_headers(directory: Path) -> dict[str, StoredTensor]:
     """The tensors of a directory by parameter name, mask buffers left out."""
     if os.path.lexists(directory / WEIGHTS_FILE):
@@ -355,7 +341,7 @@ def _read_headers(directory: Path) -> dict[str, StoredTensor]:
     else:
         raise CheckpointError(
             f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}."
-            f"{_what_else_lies_in(directory)}"
+            f"{what_else_lies_in(directory)}"
         )
     stored: dict[str, StoredTensor] = {}
     for file, keys in files.items():

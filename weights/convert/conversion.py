@@ -13,7 +13,8 @@ from weights.convert.hugging_face import copy_tokenizer, keep_token_ids
 from weights.convert.recognition import read_foreign
 from weights.convert.tokenizer_search import FoundTokenizer, find_tokenizer, is_padded
 from weights.errors import CheckpointError
-from weights.layout import CONFIG_FILE, read_json, read_layout
+from weights.files import CONFIG_FILE, read_json
+from weights.layout import read_layout
 from weights.new_directory import new_directory
 
 

@@ -16,7 +16,7 @@ from weights.convert.llm_c import is_llm_c, read_llm_c
 from weights.convert.nanogpt import is_nanogpt, read_nanogpt
 from weights.convert.torch_file import START_BYTES, is_torch_file, name_kind, read_torch_file
 from weights.errors import CheckpointError
-from weights.layout import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from weights.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 
 _SUPPORTED = (
     "nanoGPT's ckpt.pt, llm.c's model.bin, and Hugging Face directories with model.safetensors or "
