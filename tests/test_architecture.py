@@ -46,6 +46,7 @@ NO_TORCH = [
     "weights/errors.py",
     "weights/files.py",
     "weights/hub.py",
+    "weights/hugging_face_config.py",
     "weights/inspection.py",
     "weights/layout.py",
     "weights/ledger.py",

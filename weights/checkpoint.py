@@ -14,14 +14,8 @@ from model.gpt import GPT, Block
 from model.tokenizer import Tokenizer
 from weights.errors import CheckpointError
 from weights.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
-from weights.layout import (
-    TRANSPOSED,
-    Layout,
-    StoredTensor,
-    format_config,
-    read_layout,
-    stored_shapes,
-)
+from weights.hugging_face_config import format_config
+from weights.layout import TRANSPOSED, Layout, StoredTensor, read_layout, stored_shapes
 from weights.new_directory import new_directory
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

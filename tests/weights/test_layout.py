@@ -24,7 +24,8 @@ from tests.weights.damage import (
 )
 from weights.checkpoint import load
 from weights.errors import CheckpointError
-from weights.layout import format_config, parse_config, read_layout, read_tokenizer, stored_shapes
+from weights.hugging_face_config import format_config, parse_config
+from weights.layout import read_layout, read_tokenizer, stored_shapes
 
 # What a good directory says
 

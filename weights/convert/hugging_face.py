@@ -19,7 +19,8 @@ from weights.convert.torch_file import read_torch_file
 from weights.errors import CheckpointError
 from weights.files import CONFIG_FILE, GENERATION_CONFIG_FILE, read_json
 from weights.hub import TOKENIZER_FILES
-from weights.layout import TRANSPOSED, parse_config, read_layout
+from weights.hugging_face_config import parse_config
+from weights.layout import TRANSPOSED, read_layout
 
 PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
