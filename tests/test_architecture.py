@@ -51,6 +51,7 @@ NO_TORCH = [
     "weights/layout.py",
     "weights/ledger.py",
     "weights/new_directory.py",
+    "weights/tensor_headers.py",
     "engine/block_manager.py",
     "engine/client.py",
     "engine/config.py",

@@ -15,8 +15,9 @@ from model.tokenizer import Tokenizer
 from weights.errors import CheckpointError
 from weights.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from weights.hugging_face_config import format_config
-from weights.layout import TRANSPOSED, Layout, StoredTensor, read_layout, stored_shapes
+from weights.layout import TRANSPOSED, Layout, read_layout, stored_shapes
 from weights.new_directory import new_directory
+from weights.tensor_headers import StoredTensor
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK_BYTES = 2**20  # read at a time, so that loading needs little more than the model
