@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from weights.checkpoint import load_layout
@@ -21,10 +20,10 @@ from weights.files import CONFIG_FILE, GENERATION_CONFIG_FILE, read_json
 from weights.hub import TOKENIZER_FILES
 from weights.hugging_face_config import parse_config
 from weights.layout import TRANSPOSED, read_layout
+from weights.tensor_values import DTYPES
 
 PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def is_state_dict(content: Any) -> bool:
@@ -40,7 +39,7 @@ def read_safetensors_directory(directory: Path) -> ForeignCheckpoint:
     """Load a directory that can be served as it lies; raises CheckpointError."""
     layout = read_layout(directory)
     one = layout.dtypes[0] if len(layout.dtypes) == 1 else "F32"
-    model = load_layout(layout, device="cpu", dtype=_DTYPES[one])
+    model = load_layout(layout, device="cpu", dtype=DTYPES[one])
     dtypes = ", ".join(layout.dtypes)
     changed = []
     if layout.head is not None:
@@ -54,7 +53,7 @@ def read_safetensors_directory(directory: Path) -> ForeignCheckpoint:
         found=[
             f"{directory}: a Hugging Face GPT-2 in {len(layout.files)} safetensors file(s), "
             f"{dtypes}",
-            describe(layout.config, _DTYPES[one]),
+            describe(layout.config, DTYPES[one]),
         ],
         changed=changed,
         tokenizer_places=[directory],
