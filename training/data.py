@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.vocabulary import TokenizerError
 from training.errors import DataError
+from training.randomness import mix, random_bits
 
 DATA_FILE = "data.json"
 SPLITS = ("train", "val")
@@ -230,25 +231,9 @@ def window_starts(first: int, count: int, *, num_tokens: int, n_ctx: int, seed: 
     return starts
 
 
-def random_bits(*words: int) -> int:
-    """63 random bits as a pure function of some integers, by rounds of splitmix64."""
-    state = np.zeros(1, dtype=np.uint64)
-    for word in words:
-        state = _mix(state + np.uint64(word % 2**64))
-    return int(state[0] >> np.uint64(1))
-
-
 # Two, for the batches where one epoch passes into the next.
 @functools.lru_cache(maxsize=2)
 def _permutation(total: int, seed: int, epoch: int) -> NDArray[np.int64]:
     # Sorted by hash rather than shuffled by numpy, whose streams may change between versions.
     key = np.uint64(random_bits(seed, epoch, 1))
-    return np.argsort(_mix(np.arange(total, dtype=np.uint64) + key), kind="stable")
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One round of splitmix64 (Steele, Lea and Flood, 2014), elementwise, modulo 2**64."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return np.argsort(mix(np.arange(total, dtype=np.uint64) + key), kind="stable")

@@ -25,18 +25,16 @@ from model.gpt import GPT
 from model.vocabulary import TokenizerError
 from training.checkpointing import RunDirectory, RunFacts, TrainingState, copy_weights
 from training.config import KEYS, RESUMABLE_KEYS, SHAPE_KEYS, TrainingConfig, Value, resolve
-from training.data import Dataset, TokenSplit, load_dataset, random_bits, window_starts
+from training.data import Dataset, TokenSplit, load_dataset, window_starts
 from training.display import Display
 from training.errors import ConfigError, DataError, DivergedError, RunError
 from training.optimizer import learning_rate_at, make_optimizer
+from training.randomness import DROPOUT, SAMPLE, WEIGHTS, random_bits
 from weights import checkpoint
 from weights.errors import CheckpointError
 from weights.layout import read_layout, read_tokenizer
 
 _SAMPLE_TEMPERATURE = 0.8
-
-# What the bits are for: each use of the seed draws from a stream of its own.
-_WEIGHTS, _DROPOUT, _SAMPLE = 1, 2, 3
 
 
 class StopRequest:
@@ -192,7 +190,7 @@ class Trainer:
                 seed=config.seed,
             )
             tokens = self._windows(self._dataset.train, starts)
-            torch.manual_seed(random_bits(config.seed, _DROPOUT, step, micro_step))
+            torch.manual_seed(random_bits(config.seed, DROPOUT, step, micro_step))
             with self._autocast():
                 loss = self._loss(model, tokens, self._attend, self._dataset.tokenizer.vocab_size)
             loss = loss / config.tokens_per_step
@@ -251,7 +249,7 @@ class Trainer:
 
     def _record_sample(self) -> None:
         config, tokenizer = self.config, self._dataset.tokenizer
-        seed = random_bits(config.seed, _SAMPLE, self.state.step)
+        seed = random_bits(config.seed, SAMPLE, self.state.step)
         ids = generate(
             self.model,
             self._prompt,
@@ -506,7 +504,7 @@ def _make_model(config: TrainingConfig, dataset: Dataset, source: Path | None) -
     """
     tokenizer = dataset.tokenizer
     if source is None:
-        torch.manual_seed(random_bits(config.seed, _WEIGHTS))
+        torch.manual_seed(random_bits(config.seed, WEIGHTS))
         return GPT(config.model_config(vocab_size=tokenizer.vocab_size)).to(config.device)
     layout = read_layout(source)
     known = read_tokenizer(layout)

@@ -15,11 +15,11 @@ from training.data import (
     load_dataset,
     num_windows,
     open_shard,
-    random_bits,
     window_starts,
     write_shards,
 )
 from training.errors import DataError
+from training.randomness import random_bits
 
 TOKENIZER = CharacterTokenizer("abcdefgh")
 
