@@ -107,7 +107,8 @@ def train(
     from training.config import KEYS, parse_arguments, parse_value, preset_values, read_toml
     from training.display import LogDisplay, TerminalDisplay
     from training.errors import TrainingError
-    from training.loop import StopRequest, resume_run, start_run
+    from training.loop import resume_run, start_run
+    from training.stop_request import StopRequest
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     display = TerminalDisplay(console) if console.is_terminal else LogDisplay()

@@ -6,13 +6,9 @@ weights, optimizer and counters alone, and looking (evaluation, samples) changes
 
 import dataclasses
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,36 +26,12 @@ from training.display import Display
 from training.errors import ConfigError, DataError, DivergedError, RunError
 from training.optimizer import learning_rate_at, make_optimizer
 from training.randomness import DROPOUT, SAMPLE, WEIGHTS, random_bits
+from training.stop_request import StopRequest
 from weights import checkpoint
 from weights.errors import CheckpointError
 from weights.layout import read_layout, read_tokenizer
 
 _SAMPLE_TEMPERATURE = 0.8
-
-
-class StopRequest:
-    """Whether someone asked the run to stop: SIGINT or SIGTERM while it is entered.
-
-    A second signal ends the process at once.
-    """
-
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number is not None:
-            os._exit(128 + number)
-        self.signal_number = number
 
 
 class Trainer:

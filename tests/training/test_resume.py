@@ -18,7 +18,8 @@ from tests.training.tiny import begin, contents, losses, metrics, resume, train
 from training.config import Value
 from training.display import LogDisplay
 from training.errors import ConfigError, DataError, RunError
-from training.loop import StopRequest, resume_run, start_run
+from training.loop import resume_run, start_run
+from training.stop_request import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "COLUMNS": "300"}
@@ -139,7 +140,7 @@ def test_signals_end_the_step_save_and_say_how_to_go_on(
 def test_second_signal_leaves_at_once() -> None:
     program = (
         "import os, signal, time\n"
-        "from training.loop import StopRequest\n"
+        "from training.stop_request import StopRequest\n"
         "with StopRequest():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"

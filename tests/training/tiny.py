@@ -11,8 +11,9 @@ import torch
 
 from training.config import Value
 from training.display import LogDisplay
-from training.loop import StopRequest, Trainer, resume_run, start_run
+from training.loop import Trainer, resume_run, start_run
 from training.prepare import PrepareConfig, prepare
+from training.stop_request import StopRequest
 
 SETTINGS: Mapping[str, Value] = {
     "n_layer": 2,
