@@ -107,7 +107,7 @@ def train(
     from training.config import KEYS, parse_arguments, parse_value, preset_values, read_toml
     from training.display import LogDisplay, TerminalDisplay
     from training.errors import TrainingError
-    from training.loop import resume_run, start_run
+    from training.start import resume_run, start_run
     from training.stop_request import StopRequest
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

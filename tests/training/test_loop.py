@@ -15,8 +15,9 @@ from training.config import PRESETS, Value, resolve
 from training.data import TokenSplit, load_dataset
 from training.display import LogDisplay
 from training.errors import ConfigError, DataError, DivergedError
-from training.loop import resolve_machine, start_run
 from training.loss import evaluate, next_token_loss
+from training.machine import resolve_machine
+from training.start import start_run
 from training.stop_request import StopRequest
 from weights import checkpoint
 from weights.layout import read_layout

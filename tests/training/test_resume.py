@@ -18,7 +18,7 @@ from tests.training.tiny import begin, contents, losses, metrics, resume, train
 from training.config import Value
 from training.display import LogDisplay
 from training.errors import ConfigError, DataError, RunError
-from training.loop import resume_run, start_run
+from training.start import resume_run, start_run
 from training.stop_request import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]

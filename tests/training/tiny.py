@@ -11,8 +11,9 @@ import torch
 
 from training.config import Value
 from training.display import LogDisplay
-from training.loop import Trainer, resume_run, start_run
+from training.loop import Trainer
 from training.prepare import PrepareConfig, prepare
+from training.start import resume_run, start_run
 from training.stop_request import StopRequest
 
 SETTINGS: Mapping[str, Value] = {
