@@ -19,8 +19,7 @@ COVERAGE := .venv/bin/python -m coverage
 test: .venv/.test  ## Run the tests; the policy's must take every branch of it.
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
 	$(COVERAGE) run --include=engine/scheduler.py,engine/block_manager.py \
-	    -m pytest -q tests/engine/test_scheduler.py tests/engine/test_scheduler_ahead.py \
-	    tests/engine/test_block_manager.py
+	    -m pytest -q tests/engine/test_scheduler*.py tests/engine/test_block_manager.py
 	$(COVERAGE) report --show-missing --fail-under=100
 
 test-clients: .venv/.clients  ## Test the server with other people's clients.

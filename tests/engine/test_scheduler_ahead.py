@@ -5,8 +5,8 @@ import pytest
 from engine.sampling_params import SamplingParams
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
+from tests.engine.scheduling import BLOCK_SIZE, endless, make_engine
 from tests.engine.simulation import EOS, SimulatedEngine
-from tests.engine.test_scheduler import BLOCK_SIZE, endless, execute, make_engine
 
 # A step ahead: what follows is drawn in full by tests/engine/test_cuda_graph.py
 
@@ -22,7 +22,7 @@ def decoding(
         engine.add([index + 1] * 3, params=endless(count), max_num_rounds=max_num_rounds)
         for index, count in enumerate(max_tokens)
     ]
-    execute(engine, engine.scheduler.schedule(), set())
+    engine.finish(engine.scheduler.schedule())
     return engine, sequences, engine.scheduler.schedule()
 
 
@@ -65,7 +65,7 @@ def test_no_step_is_ahead_of_a_prompt_or_of_shared_completions_or_of_nobody() ->
     prefill.scheduler.schedule()
     sharing = make_engine(share_completion_blocks=True)
     sharing.add([1] * 3, params=endless())
-    execute(sharing, sharing.scheduler.schedule(), set())
+    sharing.finish(sharing.scheduler.schedule())
     sharing.scheduler.schedule()
     ending, _, _ = decoding(2)
 
