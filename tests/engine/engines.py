@@ -16,6 +16,7 @@ from model.gpt import GPT
 from tests.tiny_models import tiny_gpt
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=64, vocab_size=97)
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 def make_engine(
@@ -136,3 +137,20 @@ def random_prompt(length: int, *, seed: int, vocab_size: int = 95) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = torch.randint(vocab_size, (length,), generator=generator).tolist()
     return ids
+
+
+def sampled(max_tokens: int, **options: Any) -> SamplingParams:
+    """Params whose results show every bit: draws at a high temperature, and logprobs."""
+    return SamplingParams(**{"temperature": 2.0, "logprobs": 3, **options}, max_tokens=max_tokens)
+
+
+def workload() -> list[Request]:
+    """A dozen requests of all lengths, some with a common beginning."""
+    common = random_prompt(21, seed=100)
+    prompts = [random_prompt(length, seed=length) for length in (1, 2, 3, 8, 17, 40)]
+    prompts += [common + random_prompt(length, seed=50 + length) for length in (1, 5, 9)]
+    prompts += [common[:12] + random_prompt(20, seed=77), common, common]
+    return [
+        Request(prompt, sampled(10 + 3 * index % 14, seed=index))
+        for index, prompt in enumerate(prompts)
+    ]
