@@ -17,9 +17,10 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from torch import Tensor, nn
 
+from engine.cpu_ir import ask_for, call
 from engine.cpu_math import KERNEL, Array
 from engine.cpu_memory import Scratch, borrow, huge_pages
 from engine.cpu_tasks import counters, finish, take, team, wait
@@ -76,16 +77,12 @@ def _tile(
     line = 4 * _LANES
 
     def multiply(builder: Any, total: Any, a: Any, b: Any) -> Any:
-        def call(name: str, *arguments: Any) -> Any:
-            signature = ir.FunctionType(totals_type, [argument.type for argument in arguments])
-            function = cgutils.get_or_insert_function(builder.module, signature, name)
-            return builder.call(function, arguments)
-
         if which == BFLOAT16:
-            return call("llvm.x86.avx512bf16.dpbf16ps.512", total, a, b)
+            return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", totals_type, total, a, b)
         if which == INT8:
-            return call("llvm.x86.avx512.vpdpbusd.512", total, a, b)
-        return call("llvm.fma.v16f32", *(builder.bitcast(x, totals_type) for x in (a, b)), total)
+            return call(builder, "llvm.x86.avx512.vpdpbusd.512", totals_type, total, a, b)
+        factors = [builder.bitcast(x, totals_type) for x in (a, b)]
+        return call(builder, "llvm.fma.v16f32", totals_type, *factors, total)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rows = arguments[1]
@@ -124,10 +121,11 @@ def _tile(
         weights_at = builder.add(w, weights_offset)
         inputs_at = builder.add(x, builder.mul(step, ir.Constant(size, 4)))
         asked_at = builder.add(asked, builder.mul(step, asked_a_step))
-        _prefetch(builder, asked_at)
+        ask_for(builder, asked_at, cache=2)
         with builder.if_then(builder.icmp_unsigned(">", asked_a_step, ir.Constant(size, line))):
             for block in range(1, BLOCKS):
-                _prefetch(builder, builder.add(asked_at, ir.Constant(size, line * block)))
+                next_line = builder.add(asked_at, ir.Constant(size, line * block))
+                ask_for(builder, next_line, cache=2)
         weights = [
             builder.load(at(weights_at, w_stride, block, words), align=line)
             for block in range(BLOCKS)
@@ -152,15 +150,6 @@ def _tile(
 
     place = types.uintp
     return types.void(kind, place, place, place, place, place, place, place), generate
-
-
-def _prefetch(builder: Any, address: Any) -> None:
-    """Ask for a line of memory to be brought into the second cache, without waiting for it."""
-    byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-    signature = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
-    is_read, second_cache, is_data = (ir.Constant(number, value) for value in (0, 2, 1))
-    builder.call(function, [builder.inttoptr(address, byte), is_read, second_cache, is_data])
 
 
 _jitable = numba.extending.register_jitable
