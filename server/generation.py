@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.client import TokenStream
 from engine.errors import EngineError
 from engine.messages import TokenOutput, TopLogprobs
+from engine.token_stream import TokenStream
 from server.detokenizer import Detokenizer
 from server.errors import ApiError, EngineFailed, from_engine
 from server.metrics import Metrics, Outcome

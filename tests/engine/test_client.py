@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from engine.client import EngineClient, EngineState, TokenStream
+from engine.client import EngineClient, EngineState
 from engine.config import EngineConfig, LaunchConfig
 from engine.errors import EngineDied, EngineStopped, PromptTooLong, StartRefused, TokenOutOfRange
 from engine.sampling_params import SamplingParams
+from engine.token_stream import TokenStream
 from tests.engine.engines import Request, make_engine, random_prompt, run
 from tests.tiny_models import tiny_checkpoint, tiny_config, tiny_gpt
 
