@@ -55,6 +55,7 @@ NO_TORCH = [
     "engine/errors.py",
     "engine/flight_recorder.py",
     "engine/kernel_folder.py",
+    "engine/live_requests.py",
     "engine/memory.py",
     "engine/messages.py",
     "engine/sampling_params.py",
