@@ -90,16 +90,15 @@ class EngineClient:
         self.on_step: Callable[[StepOutput], None] = lambda output: None
 
     async def start(self) -> Ready:
-        """Start the engine and wait until it takes requests; raises StartRefused."""
+        """Start the engine and wait until it takes requests; raises StartRefused.
+
+        Requests that come before are held until it is ready.
+        """
         self._supervisor = asyncio.create_task(self._supervise())
         await self._settled.wait()
         if self.facts is None:
             raise StartRefused(reason=self.reason)
         return self.facts
-
-    def launch(self) -> None:
-        """Start the engine and do not wait; requests are held until it is ready."""
-        self._supervisor = asyncio.create_task(self._supervise())
 
     async def stop(self) -> None:
         """End the worker, and with it whatever still runs."""
