@@ -16,7 +16,7 @@ from engine.token_stream import TokenStream
 from server.detokenizer import Detokenizer
 from server.errors import ApiError, EngineFailed, from_engine
 from server.metrics import Metrics, Outcome
-from server.protocol import CompletionRequest
+from server.protocol.requests import CompletionRequest
 from server.served_model import ServedModel
 
 Arrivals = tuple["PromptRun", list[tuple[int, TokenOutput]]]  # each with its choice's index

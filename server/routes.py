@@ -27,22 +27,19 @@ from server.errors import (
     from_engine,
 )
 from server.generation import Generation, PromptRun
-from server.protocol import (
-    BodyT,
-    CompletionRequest,
+from server.protocol.reading import BodyT, parse_body
+from server.protocol.replies import (
     CompletionResponse,
-    DetokenizeRequest,
     DetokenizeResponse,
     ErrorResponse,
     HealthResponse,
     ModelCard,
     ModelList,
     TimelineResponse,
-    TokenizeRequest,
     TokenizeResponse,
     VersionResponse,
-    parse_body,
 )
+from server.protocol.requests import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from server.served_model import ServedModel
 from server.service import VERSION, Account, Service
 from server.streaming import watch_client, whole_reply
