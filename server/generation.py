@@ -3,7 +3,6 @@
 Streamed and whole replies are made of the same deltas, so they cannot differ. Knows no HTTP.
 """
 
-import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,14 +11,12 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.messages import TokenOutput, TopLogprobs
-from engine.token_stream import TokenStream
 from server.detokenizer import Detokenizer
 from server.errors import ApiError, EngineFailed, from_engine
 from server.metrics import Metrics, Outcome
+from server.prompt_streams import PromptStreams
 from server.protocol.requests import CompletionRequest
 from server.served_model import ServedModel
-
-Arrivals = tuple["PromptRun", list[tuple[int, TokenOutput]]]  # each with its choice's index
 
 _LEAST_LOGPROB = -9999.0  # in place of minus infinity, which JSON has not
 
@@ -102,7 +99,6 @@ class PromptRun:
         self.token_ids = token_ids
         self.text = text
         self.seed = seed
-        self.stream: TokenStream | None = None  # once it is submitted
         self.choices = [ChoiceText(self, index) for index in range(body.num_candidates)]
         self.num_cached_tokens = 0
         self.scheduled_at = 0.0
@@ -270,19 +266,20 @@ class Generation:
         metrics: Metrics,
         abort_choice: Callable[[int, int], None],
     ) -> None:
-        """Take over submitted runs. `abort_choice(run index, choice)` tells the engine."""
+        """Begin without streams: one is to be added to `streams` for each run, in their order.
+
+        `abort_choice(run index, choice)` tells the engine that a choice's text has ended.
+        """
         self.id = completion_id
         self.created = int(time.time())
         self.model = model
         self.body = body
         self.runs = runs
+        self.streams = PromptStreams()
         self.arrived_at = arrived_at
         self._metrics = metrics
         self._abort_choice = abort_choice
         self._num_unfinished = sum(len(run.choices) for run in runs)
-        self._queue: asyncio.Queue[Arrivals | EngineError | None] = asyncio.Queue()
-        self._forwarders: list[asyncio.Task[None]] = []
-        self._num_open = 0  # forwarders that have not come to their stream's end
         self.given_up: tuple[Outcome, ApiError | None] | None = None
         self.first_token_at = 0.0
         self.last_token_at = 0.0
@@ -291,9 +288,7 @@ class Generation:
         """End the request before its time; whoever iterates over it comes to the end."""
         if self.given_up is None and self._num_unfinished:
             self.given_up = (outcome, error)
-            for run in self.runs:
-                if run.stream is not None:
-                    run.stream.close()
+            self.streams.give_up()
 
     async def advance(self) -> list[ChoiceText] | None:
         """Wait until choices got further, and return them; None when all have ended.
@@ -301,16 +296,17 @@ class Generation:
         Raises ApiError where the engine fails, or the request was given up for a reason.
         """
         try:
-            arrivals = await self._arrivals() if self._num_unfinished else None
+            arrivals = await self.streams.arrivals() if self._num_unfinished else []
         except EngineError as error:
             raise from_engine(error) from error
-        if arrivals is None:
+        if not arrivals:
             if self.given_up is not None and self.given_up[1] is not None:
                 raise self.given_up[1]
             return None
         now = time.monotonic()
         touched: dict[ChoiceText, None] = {}  # an ordered set
-        for run, outputs in arrivals:
+        for place, outputs in arrivals:
+            run = self.runs[place]
             for index, output in outputs:
                 choice = run.choices[index]
                 if self._take(run, choice, output, now):
@@ -321,50 +317,7 @@ class Generation:
 
     def close(self) -> None:
         """Let go of what still runs; does nothing once all has ended."""
-        for task in self._forwarders:
-            task.cancel()
-        for run in self.runs:
-            if run.stream is not None:
-                for _, output in run.stream.take_ready():
-                    self._metrics.num_overrun_tokens += output.token_id is not None
-                run.stream.close()
-
-    async def _arrivals(self) -> list[Arrivals] | None:
-        """What came from any prompt's stream, all that came together; None at their end."""
-        if len(self.runs) == 1:
-            (run,) = self.runs
-            assert run.stream is not None
-            outputs = await run.stream.arrivals()
-            return [(run, outputs)] if outputs else None
-        if not self._forwarders:
-            self._forwarders = [
-                asyncio.create_task(self._forward(run, run.stream))
-                for run in self.runs
-                if run.stream is not None
-            ]
-            self._num_open = len(self._forwarders)
-        arrivals: list[Arrivals] = []
-        while self._num_open and not arrivals:
-            items = [await self._queue.get()]
-            while not self._queue.empty():
-                items.append(self._queue.get_nowait())
-            for item in items:
-                if isinstance(item, EngineError):
-                    raise item
-                if item is None:
-                    self._num_open -= 1
-                else:
-                    arrivals.append(item)
-        return arrivals or None
-
-    async def _forward(self, run: PromptRun, stream: TokenStream) -> None:
-        """Bring one prompt's outputs to where those of all prompts are waited for."""
-        try:
-            while outputs := await stream.arrivals():
-                self._queue.put_nowait((run, outputs))
-        except EngineError as error:
-            self._queue.put_nowait(error)
-        self._queue.put_nowait(None)
+        self._metrics.num_overrun_tokens += self.streams.close()
 
     def _take(self, run: PromptRun, choice: ChoiceText, output: TokenOutput, now: float) -> bool:
         """Take in one output; whether its choice got further."""

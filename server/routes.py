@@ -244,7 +244,7 @@ async def start_completion(service: Service, account: Account, body: CompletionR
         check_request([], params[0], n_ctx=model.n_ctx, vocab_size=model.vocab_size)
         submitted_at = time.monotonic()  # the engine may begin before `submit` returns
         for name, run, run_params in zip(names, runs, params, strict=True):
-            run.stream = engine.submit(
+            stream = engine.submit(
                 name,
                 run.token_ids,
                 run_params,
@@ -252,6 +252,7 @@ async def start_completion(service: Service, account: Account, body: CompletionR
                 salt=salt,
                 priority=body.priority,
             )
+            generation.streams.add(stream)
     except EngineDied as error:
         generation.close()
         raise Unavailable(str(error), code="engine_down") from None
