@@ -26,7 +26,8 @@ from server.errors import (
     UnsupportedMediaType,
     from_engine,
 )
-from server.generation import Generation, PromptRun
+from server.generation import Generation
+from server.prompt_run import PromptRun
 from server.protocol.reading import BodyT, parse_body
 from server.protocol.replies import (
     CompletionResponse,
