@@ -16,7 +16,6 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 120  # a machine may be busy with something else
 OUTCOMES = ("stop", "length", "abort", "error", "rejected", "timeout")
 
 
