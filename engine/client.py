@@ -1,36 +1,33 @@
 """The engine as the server sees it: starts the worker, watches it, and outlives it.
 
-Owns the record of every live request. A worker that dies or hangs is replaced and gets them all
-again, with the tokens delivered so far; because a draw depends on seed, choice and position
-alone, each continues as it would have. Knows no text, no HTTP and no torch.
+A worker that dies or hangs is replaced, and the next one is given the live requests with the
+tokens delivered so far; because a draw depends on seed, choice and position alone, each continues
+as it would have. Knows no text, no HTTP and no torch.
 """
 
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from enum import StrEnum
 
 from engine.config import LaunchConfig
-from engine.errors import EngineDied, EngineError, EngineStopped, StartRefused
+from engine.errors import EngineDied, EngineStopped, StartRefused
+from engine.live_requests import LiveRequests
 from engine.messages import (
     LENGTH_BYTES,
-    Abort,
-    Choice,
     FromWorker,
     Ready,
     Start,
     StartFailed,
     StepOutput,
     StepStats,
-    Submit,
-    TokenOutput,
+    ToWorker,
     pack,
     unpack_from_worker,
 )
 from engine.sampling_params import SamplingParams
+from engine.token_stream import TokenStream
 from engine.validation import check_request
 from engine.worker_process import WorkerProcess
 
@@ -38,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_SECONDS = 0.1
 _GRACE_SECONDS = 2.0  # for a worker that hung up to end by itself
-# Once may have been bad luck: whoever kills a worker from outside may do so twice in a row.
-_MAX_DEATHS_ALONE = 2
 
 
 class EngineState(StrEnum):
@@ -50,124 +45,6 @@ class EngineState(StrEnum):
     RESTARTING = "restarting"  # a worker died or hung, the next one starts
     DOWN = "down"  # it kept dying, or could not start: nothing will change without an operator
     STOPPED = "stopped"
-
-
-@dataclass(slots=True)
-class _Choice:
-    """What is known of one generation: all that another engine needs to continue it."""
-
-    index: int
-    seq_id: int = -1  # at the worker; a new one each time it is given to one
-    completion_ids: list[int] = field(default_factory=list)
-    is_finished: bool = False
-
-
-@dataclass(slots=True)
-class _Request:
-    """A live request: what was asked, what was delivered, and whether it is a suspect."""
-
-    request_id: str
-    prompt_ids: list[int]
-    params: SamplingParams
-    salt: bytes
-    priority: int
-    choices: list[_Choice]
-    stream: "TokenStream"
-    has_progressed: bool = False  # since it was last given to a worker
-    num_deaths_alone: int = 0  # of workers that ran nothing else
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether every choice has ended."""
-        return all(choice.is_finished for choice in self.choices)
-
-    def to_frame(self) -> Submit:
-        """The request for a worker: unfinished choices, prompt and completion apart."""
-        return Submit(
-            request_id=self.request_id,
-            prompt_ids=self.prompt_ids,
-            choices=[
-                Choice(seq_id=c.seq_id, index=c.index, completion_ids=c.completion_ids)
-                for c in self.choices
-                if not c.is_finished
-            ],
-            params=self.params,
-            salt=self.salt,
-            priority=self.priority,
-        )
-
-
-class TokenStream:
-    """The outputs of one request, as (choice, output) in the order they were made.
-
-    Iterate once; it ends when every choice has. Raises EngineError where the engine gives up.
-    """
-
-    def __init__(self, close: Callable[[], None]) -> None:
-        self._ready: deque[tuple[int, TokenOutput]] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-        self._is_finished = False
-        self._error: Exception | None = None
-        self._close = close
-
-    def __aiter__(self) -> AsyncIterator[tuple[int, TokenOutput]]:
-        return self
-
-    async def __anext__(self) -> tuple[int, TokenOutput]:
-        if not self._ready:
-            await self._wait()
-        if not self._ready:
-            raise StopAsyncIteration
-        return self._ready.popleft()
-
-    async def arrivals(self) -> list[tuple[int, TokenOutput]]:
-        """All that came since the last time, at least one; none at the end.
-
-        What arrives together can leave together, and costs its reader one wait.
-        """
-        if not self._ready:
-            await self._wait()
-        return self.take_ready()
-
-    async def _wait(self) -> None:
-        """Wait until something is ready, or nothing will be any more."""
-        while not self._ready:
-            if self._error is not None:
-                raise self._error
-            if self._is_finished:
-                return
-            # A future and no asyncio.Event: this happens once a token.
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-
-    def take_ready(self) -> list[tuple[int, TokenOutput]]:
-        """What has arrived and was not taken yet, without waiting."""
-        ready = list(self._ready)
-        self._ready.clear()
-        return ready
-
-    def close(self) -> None:
-        """Give the request up; does nothing once it has finished."""
-        if not self._is_finished:
-            self.finish()
-            self._close()
-
-    def put(self, choice: int, output: TokenOutput) -> None:
-        """Deliver an output; for the client alone."""
-        self._ready.append((choice, output))
-        if self._waiter is not None:
-            self._wake()
-
-    def finish(self, error: Exception | None = None) -> None:
-        """End the stream behind what was delivered; for the client alone."""
-        self._is_finished = True
-        self._error = error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():  # its task may have gone
-            self._waiter.set_result(None)
-        self._waiter = None
 
 
 class EngineClient:
@@ -198,12 +75,8 @@ class EngineClient:
         self._start_seconds = start_seconds
         self._max_fruitless_restarts = max_fruitless_restarts
         self._worker_module = worker_module
-        self._requests: dict[str, _Request] = {}  # unfinished, in the order of arrival
-        self._request_of: dict[int, tuple[_Request, _Choice]] = {}  # by sequence
-        self._suspects: deque[str] = deque()  # to run alone, one by one
-        self._next_seq_id = 0
+        self._requests = LiveRequests(self._send)
         self._num_fruitless_restarts = 0
-        self._busy_since = 0.0  # when the worker last got something to do
         self._first_worker = first_worker
         self._worker: WorkerProcess | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -214,33 +87,37 @@ class EngineClient:
         self.facts: Ready | None = None  # what the last worker said of itself
         self.stats: StepStats | None = None
         self.num_restarts = 0
-        self.num_dropped_tokens = 0  # that came for what had been given up
         self.on_step: Callable[[StepOutput], None] = lambda output: None
 
     async def start(self) -> Ready:
-        """Start the engine and wait until it takes requests; raises StartRefused."""
+        """Start the engine and wait until it takes requests; raises StartRefused.
+
+        Requests that come before are held until it is ready.
+        """
         self._supervisor = asyncio.create_task(self._supervise())
         await self._settled.wait()
         if self.facts is None:
             raise StartRefused(reason=self.reason)
         return self.facts
 
-    def launch(self) -> None:
-        """Start the engine and do not wait; requests are held until it is ready."""
-        self._supervisor = asyncio.create_task(self._supervise())
-
     async def stop(self) -> None:
         """End the worker, and with it whatever still runs."""
         self.state = EngineState.STOPPED
+        self._requests.hold()
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
-        self._fail_all(EngineStopped)
+        self._requests.fail_all(EngineStopped)
 
     @property
     def num_live_requests(self) -> int:
         """Requests accepted and not finished."""
         return len(self._requests)
+
+    @property
+    def num_dropped_tokens(self) -> int:
+        """Tokens that came for what had been given up."""
+        return self._requests.num_dropped_tokens
 
     @property
     def worker_pid(self) -> int | None:
@@ -252,7 +129,9 @@ class EngineClient:
         """How long the worker has had work and shown no sign of life; 0 when it has none."""
         if not self._requests or self._worker is None or self.state != EngineState.READY:
             return 0.0
-        return time.monotonic() - max(self._busy_since, self._worker.recorder.last_sign_of_life)
+        return time.monotonic() - max(
+            self._requests.busy_since, self._worker.recorder.last_sign_of_life
+        )
 
     def submit(
         self,
@@ -273,31 +152,16 @@ class EngineClient:
             raise EngineStopped
         if self.state == EngineState.DOWN:
             raise EngineDied(reason=self.reason)
-        assert request_id not in self._requests, "request ids are unique"
         if self.facts is not None:
-            self._check(prompt_ids, params, self.facts)
-        stream = TokenStream(lambda: self._abort(request_id))
-        choices = [_Choice(index) for index in range(num_choices)]
-        request = _Request(request_id, prompt_ids, params, salt, priority, choices, stream)
-        if not self._requests:
-            self._busy_since = time.monotonic()
-        self._requests[request_id] = request
-        if self.state == EngineState.READY and not self._suspects:
-            self._send_request(request)
-        return stream
-
-    def _abort(self, request_id: str) -> None:
-        request = self._requests[request_id]
-        self._withdraw(request)
-        self._forget(request)
+            n_ctx, vocab_size = self.facts.n_ctx, self.facts.vocab_size
+            check_request(prompt_ids, params, n_ctx=n_ctx, vocab_size=vocab_size)
+        return self._requests.add(
+            request_id, prompt_ids, params, num_choices=num_choices, salt=salt, priority=priority
+        )
 
     def abort_choice(self, request_id: str, choice: int) -> None:
         """Give up one choice of a live request, whose text has ended; the others go on."""
-        request = self._requests.get(request_id)
-        if request is None or request.choices[choice].is_finished:
-            return
-        self._send(pack(Abort(request_id=request_id, choice=choice)))
-        self._finish_choice(request, request.choices[choice])
+        self._requests.abort_choice(request_id, choice)
 
     async def _supervise(self) -> None:
         """Run one worker after another until told to stop, or until they keep dying."""
@@ -314,7 +178,7 @@ class EngineClient:
             self.state = EngineState.DOWN
             if self.facts is not None:  # whoever starts it is told by `start`
                 logger.error("engine down reason=%s", self.reason)
-            self._fail_all(lambda: EngineDied(reason=self.reason))
+            self._requests.fail_all(lambda: EngineDied(reason=self.reason))
         finally:
             self._settled.set()
 
@@ -329,7 +193,7 @@ class EngineClient:
         watch: asyncio.Task[None] | None = None
         try:
             reader, self._writer = await asyncio.open_connection(sock=worker.take_connection())
-            self._send(pack(Start(config=self._config)))
+            self._send(Start(config=self._config))
             try:
                 async with asyncio.timeout(self._start_seconds):
                     first = await _read_frame(reader)
@@ -341,7 +205,7 @@ class EngineClient:
                 return False
             if isinstance(first, Ready):
                 if self.facts is None:
-                    self._refuse_held(first)
+                    self._requests.refuse_misfits(n_ctx=first.n_ctx, vocab_size=first.vocab_size)
                 else:
                     logger.info(
                         "engine ready again restarts=%d live_requests=%d",
@@ -349,7 +213,7 @@ class EngineClient:
                     )  # fmt: skip
                 self.facts = first
                 self.state, self.reason = EngineState.READY, ""
-                self._resubmit()
+                self._requests.give_out()
                 self._settled.set()
                 watch = asyncio.create_task(self._watch())
                 while (frame := await _read_frame(reader)) is not None:
@@ -366,6 +230,7 @@ class EngineClient:
         was_ready = self.state == EngineState.READY
         if was_ready:
             self.state = EngineState.RESTARTING
+        self._requests.hold()
         if self._writer is not None:  # or we were stopped before there was one
             self._writer.close()
             self._writer = None
@@ -374,56 +239,12 @@ class EngineClient:
             self._worker = None
             if was_ready:
                 self.reason = self.reason or f"the engine process ended with {how}"
-                self._blame(worker.recorder.seq_ids_in_step())
+                if self._requests.blame(worker.recorder.seq_ids_in_step(), reason=self.reason):
+                    self._num_fruitless_restarts = 0  # what it was is known now
                 logger.error(
                     "engine died reason=%s live_requests=%d suspects=%d",
-                    self.reason, len(self._requests), len(self._suspects),
+                    self.reason, len(self._requests), self._requests.num_suspects,
                 )  # fmt: skip
-
-    def _blame(self, seq_ids: Sequence[int]) -> None:
-        """Take note of the requests that may have killed the worker.
-
-        Those in the step that never ended, unless they got somewhere since they were last given
-        to a worker: most deaths come from outside, and must not slow everyone down. A request
-        that runs alone, as a suspect, while the worker dies again and again is the culprit.
-        """
-        in_step = {self._request_of[i][0].request_id for i in seq_ids if i in self._request_of}
-        if self._suspects and in_step == {self._suspects[0]}:
-            suspect = self._requests[self._suspects[0]]
-            suspect.num_deaths_alone += 1
-            if suspect.num_deaths_alone < _MAX_DEATHS_ALONE:
-                return
-            culprit = self._requests.pop(self._suspects.popleft())
-            culprit.stream.finish(EngineDied(reason=self.reason))
-            self._num_fruitless_restarts = 0  # what it was is known now
-            logger.error("request failed id=%s reason=%s", culprit.request_id, self.reason)
-            return
-        for request_id, request in self._requests.items():
-            is_new = request_id in in_step and request_id not in self._suspects
-            if is_new and not request.has_progressed:
-                self._suspects.append(request_id)
-
-    def _resubmit(self) -> None:
-        """Give a new worker the live requests: one suspect alone, or else all of them."""
-        self._busy_since = time.monotonic()
-        self._request_of.clear()
-        if self._suspects:
-            self._send_request(self._requests[self._suspects[0]])
-            return
-        for request in self._requests.values():
-            self._send_request(request)
-
-    def _clear_suspect(self) -> None:
-        """Go on: the suspect that runs alone got somewhere, or ended, or was given up."""
-        request = self._requests.get(self._suspects.popleft())
-        if not self._suspects:
-            for other in self._requests.values():
-                if other is not request:
-                    self._send_request(other)
-            return
-        if request is not None:  # it steps aside, and returns with the others
-            self._withdraw(request)
-        self._send_request(self._requests[self._suspects[0]])
 
     async def _watch(self) -> None:
         """Kill a worker that shows no sign of life while it has work."""
@@ -436,86 +257,16 @@ class EngineClient:
                 return
 
     def _deliver(self, frame: StepOutput) -> None:
-        """Hand a step's outputs to their streams: the one loop over them."""
+        """Take in what a step brought."""
         self.stats = frame.stats
         if frame.outputs:
             self._num_fruitless_restarts = 0
-        for output in frame.outputs:
-            entry = self._request_of.get(output.seq_id)
-            if entry is None:  # given up while the step ran
-                self.num_dropped_tokens += output.token_id is not None
-                continue
-            request, choice = entry
-            request.has_progressed = True
-            if output.token_id is not None:
-                choice.completion_ids.append(output.token_id)
-            request.stream.put(choice.index, output)
-            if output.finish_reason is not None:
-                self._finish_choice(request, choice)
-        if self._suspects and self._requests[self._suspects[0]].has_progressed:
-            self._clear_suspect()
+        self._requests.deliver(frame.outputs)
         self.on_step(frame)
 
-    def _finish_choice(self, request: _Request, choice: _Choice) -> None:
-        choice.is_finished = True
-        self._request_of.pop(choice.seq_id, None)
-        if request.is_finished:
-            self._forget(request)
-            request.stream.finish()
-
-    def _forget(self, request: _Request) -> None:
-        """Drop a request from the record, and from among the suspects."""
-        if self._suspects and self._suspects[0] == request.request_id:
-            del self._requests[request.request_id]
-            if self.state == EngineState.READY:
-                self._clear_suspect()
-            else:
-                self._suspects.popleft()
-            return
-        del self._requests[request.request_id]
-        if request.request_id in self._suspects:
-            self._suspects.remove(request.request_id)
-
-    def _withdraw(self, request: _Request) -> None:
-        """Take a request back from the worker; what still arrives of it is ignored."""
-        for choice in request.choices:
-            self._request_of.pop(choice.seq_id, None)
-        self._send(pack(Abort(request_id=request.request_id)))
-
-    def _fail_all(self, make_error: Callable[[], Exception]) -> None:
-        # An exception each: raising one from several streams would tie their tracebacks together.
-        requests = list(self._requests.values())
-        self._requests.clear()
-        self._request_of.clear()
-        self._suspects.clear()
-        for request in requests:
-            request.stream.finish(make_error())
-
-    @staticmethod
-    def _check(prompt_ids: list[int], params: SamplingParams, facts: Ready) -> None:
-        check_request(prompt_ids, params, n_ctx=facts.n_ctx, vocab_size=facts.vocab_size)
-
-    def _refuse_held(self, facts: Ready) -> None:
-        """Refuse what was accepted before the model was known, and does not fit it."""
-        for request in list(self._requests.values()):
-            try:
-                self._check(request.prompt_ids, request.params, facts)
-            except EngineError as error:
-                self._forget(request)
-                request.stream.finish(error)
-
-    def _send_request(self, request: _Request) -> None:
-        request.has_progressed = False
-        for choice in request.choices:
-            if not choice.is_finished:
-                choice.seq_id = self._next_seq_id
-                self._next_seq_id += 1
-                self._request_of[choice.seq_id] = (request, choice)
-        self._send(pack(request.to_frame()))
-
-    def _send(self, frame: bytes) -> None:
+    def _send(self, frame: ToWorker) -> None:
         if self._writer is not None:
-            self._writer.write(frame)
+            self._writer.write(pack(frame))
 
 
 async def _read_frame(reader: asyncio.StreamReader) -> FromWorker | None:

@@ -11,8 +11,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from server.gate import PUBLIC_PATHS
-from server.protocol import (
-    MAX_PROMPTS,
+from server.protocol.fields import MAX_PROMPTS
+from server.protocol.requests import (
     CompletionRequest,
     DetokenizeRequest,
     StreamOptions,

@@ -26,23 +26,21 @@ from server.errors import (
     UnsupportedMediaType,
     from_engine,
 )
-from server.generation import Generation, PromptRun
-from server.protocol import (
-    BodyT,
-    CompletionRequest,
+from server.generation import Generation
+from server.prompt_run import PromptRun
+from server.protocol.reading import BodyT, parse_body
+from server.protocol.replies import (
     CompletionResponse,
-    DetokenizeRequest,
     DetokenizeResponse,
     ErrorResponse,
     HealthResponse,
     ModelCard,
     ModelList,
     TimelineResponse,
-    TokenizeRequest,
     TokenizeResponse,
     VersionResponse,
-    parse_body,
 )
+from server.protocol.requests import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from server.served_model import ServedModel
 from server.service import VERSION, Account, Service
 from server.streaming import watch_client, whole_reply
@@ -247,7 +245,7 @@ async def start_completion(service: Service, account: Account, body: CompletionR
         check_request([], params[0], n_ctx=model.n_ctx, vocab_size=model.vocab_size)
         submitted_at = time.monotonic()  # the engine may begin before `submit` returns
         for name, run, run_params in zip(names, runs, params, strict=True):
-            run.stream = engine.submit(
+            stream = engine.submit(
                 name,
                 run.token_ids,
                 run_params,
@@ -255,6 +253,7 @@ async def start_completion(service: Service, account: Account, body: CompletionR
                 salt=salt,
                 priority=body.priority,
             )
+            generation.streams.add(stream)
     except EngineDied as error:
         generation.close()
         raise Unavailable(str(error), code="engine_down") from None

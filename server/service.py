@@ -14,10 +14,11 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
-from engine.client import EngineState, TokenStream
+from engine.client import EngineState
 from engine.config import LaunchConfig
 from engine.messages import Ready, StepOutput
 from engine.sampling_params import SamplingParams
+from engine.token_stream import TokenStream
 from server.admission import Admission, Permit
 from server.config import ServerConfig
 from server.errors import ApiError, DeadlinePassed, Unavailable

@@ -11,8 +11,10 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.delta import Delta
 from server.errors import ApiError, InternalError
-from server.generation import ChoiceText, Delta, Generation, PromptRun
+from server.generation import Generation
+from server.prompt_run import ChoiceText, PromptRun
 
 logger = logging.getLogger(__name__)
 

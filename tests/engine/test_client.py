@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from engine.client import EngineClient, EngineState, TokenStream
+from engine.client import EngineClient, EngineState
 from engine.config import EngineConfig, LaunchConfig
 from engine.errors import EngineDied, EngineStopped, PromptTooLong, StartRefused, TokenOutOfRange
 from engine.sampling_params import SamplingParams
+from engine.token_stream import TokenStream
 from tests.engine.engines import Request, make_engine, random_prompt, run
 from tests.tiny_models import tiny_checkpoint, tiny_config, tiny_gpt
 
@@ -287,13 +288,14 @@ async def test_requests_before_the_engine_is_ready_are_held_or_refused(
     launch: LaunchConfig,
 ) -> None:
     client = EngineClient(launch)
-    client.launch()
+    starting = asyncio.create_task(client.start())
     held = client.submit("held", [1, 2, 3], params(0, 5))
     refused = client.submit("refused", [100_000], params(0, 5))
 
     with pytest.raises(TokenOutOfRange):
         await tokens_of(refused)
     assert len(await tokens_of(held)) == 5
+    await starting
     await client.stop()
 
 
@@ -328,13 +330,14 @@ async def test_a_checkpoint_that_cannot_be_loaded_is_refused_with_its_reason(
 
 @in_time
 async def test_stopping_at_any_moment_of_the_start_leaves_no_worker(launch: LaunchConfig) -> None:
-    for moments in range(1, 6):
+    for moments in range(2, 7):  # a moment for `start`, and one for its supervisor
         client = EngineClient(launch)
-        client.launch()
+        starting = asyncio.create_task(client.start())
         for _ in range(moments):
             await asyncio.sleep(0)
         worker = client.worker_pid
 
+        starting.cancel()
         await client.stop()
 
         assert worker is not None
@@ -345,7 +348,7 @@ async def test_stopping_at_any_moment_of_the_start_leaves_no_worker(launch: Laun
 @in_time
 async def test_an_engine_that_keeps_dying_is_not_started_for_ever(launch: LaunchConfig) -> None:
     client = EngineClient(launch, max_fruitless_restarts=1)
-    client.launch()
+    starting = asyncio.create_task(client.start())
     stream = client.submit("waits", [1, 2, 3], params(0, 5))
     deaths = 0
     while client.state != EngineState.DOWN:
@@ -357,6 +360,8 @@ async def test_an_engine_that_keeps_dying_is_not_started_for_ever(launch: Launch
                 await asyncio.sleep(0.01)
 
     assert deaths == 2
+    with pytest.raises(StartRefused, match="2 times in a row"):
+        await starting
     with pytest.raises(EngineDied, match="2 times in a row"):
         await tokens_of(stream)
     with pytest.raises(EngineDied):

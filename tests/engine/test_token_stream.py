@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from engine.client import TokenStream
 from engine.errors import EngineStopped
 from engine.messages import TokenOutput
+from engine.token_stream import TokenStream
 
 
 def in_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:

@@ -1,5 +1,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from server.config import ServerConfig
 from server.served_model import ServedModel
 from server.service import Service
 from tests.server.fakes import FakeEngine, Script, counting
+from tests.server.live import LiveServer, live_server
 from tests.tiny_models import tiny_checkpoint, tiny_config, tiny_gpt
 
 Serve = Callable[..., Any]
@@ -51,3 +53,18 @@ def serve(served: ServedModel) -> Serve:
         return make_client(served, *args, **config)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def live_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 1024 tokens' context that takes some milliseconds a step."""
+    config = tiny_config(n_layer=4, n_embd=64, n_ctx=1024)
+    return tiny_checkpoint(tmp_path_factory.mktemp("live") / "tiny", model=tiny_gpt(config))
+
+
+@pytest.fixture(scope="module")
+def server(live_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A process of its own, for tests that leave it as it was, but for its counts."""
+    log = tmp_path_factory.mktemp("log") / "stderr"
+    with live_server(live_checkpoint, log, "--log-level", "debug") as server:
+        yield server

@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from engine.client import EngineState, TokenStream
+from engine.client import EngineState
 from engine.messages import Ready, TokenOutput, TopLogprobs
 from engine.sampling_params import SamplingParams
+from engine.token_stream import TokenStream
 
 Script = Callable[[list[int], SamplingParams, int], list[int]]  # prompt, params, choice -> ids
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 120  # a machine may be busy with something else
+OUTCOMES = ("stop", "length", "abort", "error", "rejected", "timeout")
 
 
 def command(checkpoint: Path | str, *options: str) -> list[str]:
@@ -104,6 +105,16 @@ class LiveServer:
             self.process.stdout.close()
 
 
+@contextmanager
+def live_server(checkpoint: Path | str, log: Path, *options: str) -> Iterator[LiveServer]:
+    """A server that is ready, and ends with the block."""
+    server = LiveServer(checkpoint, log, *options)
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.kill()
+
+
 def request(**body: Any) -> dict[str, Any]:
     return {"model": "tiny", "prompt": " the", "max_tokens": 32, "ignore_eos": True, **body}
 
@@ -169,6 +180,16 @@ class Stream:
     def close(self) -> None:
         self._context.__exit__(None, None, None)
         self._client.close()
+
+
+def books_are_closed(server: LiveServer) -> bool:
+    """Whether every request that was received has finished, by the metrics."""
+    metrics = server.metrics()
+    finished = sum(metrics["kvik_requests_finished_total", outcome] for outcome in OUTCOMES)
+    return (
+        metrics["kvik_requests_in_flight", ""] == 0
+        and finished == metrics["kvik_requests_received_total", ""]
+    )
 
 
 def until(condition: Callable[[], bool], seconds: float = 30) -> float:

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from engine.client import EngineState
 from engine.errors import EngineDied
-from server.protocol import MAX_IDS
+from server.protocol.fields import MAX_IDS
 from server.served_model import ServedModel
 from server.service import Service
 from tests.server.conftest import Serve, make_client

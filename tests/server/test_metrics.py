@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from engine.errors import EngineDied
 from engine.messages import StepOutput, StepStats
 from server.metrics import OUTCOMES, InterTokenLatency, Metrics
-from server.protocol import CompletionRequest
+from server.protocol.requests import CompletionRequest
 from tests.server.conftest import Serve
 
 DOCS = Path(__file__).parents[2] / "docs"
