@@ -11,6 +11,8 @@ from rich.progress import Progress
 from kvik.terminal import console, fail
 
 
+_VARIABLES = "KVIK_TRAIN_"  # and a training key
+
 def prepare(
     files: Annotated[list[Path], typer.Argument(help="Text files, UTF-8, a document each.")],
     out: Annotated[
@@ -104,7 +106,7 @@ def train(
     --key value sets any training key of docs/training.md.
     Later ones win: defaults, --preset, --config, KVIK_TRAIN_<KEY> in the environment, --key value.
     """
-    from training.config import KEYS, parse_arguments, parse_value, preset_values, read_toml
+    from training.config import check_key, parse_arguments, parse_value, preset_values, read_toml
     from training.display import LogDisplay, TerminalDisplay
     from training.errors import TrainingError
     from training.start import resume_run, start_run
@@ -118,9 +120,10 @@ def train(
                 **preset_values(preset),
                 **({} if config is None else read_toml(config)),
                 **{
-                    key: parse_value(key, os.environ[f"KVIK_TRAIN_{key.upper()}"])
-                    for key in KEYS
-                    if f"KVIK_TRAIN_{key.upper()}" in os.environ
+                    key: parse_value(key, text)
+                    for name, text in os.environ.items()
+                    if name.startswith(_VARIABLES)
+                    for key in [check_key(name.removeprefix(_VARIABLES).lower(), shown=name)]
                 },
                 **parse_arguments(context.args),
             }

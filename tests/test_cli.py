@@ -426,6 +426,16 @@ def test_a_directory_whose_name_is_no_utf8_is_refused_by_that_name(tmp_path: Pat
     assert result.stderr.decode().startswith(rf"error: {tmp_path}/a\udcff is not a directory")
 
 
+# train
+
+
+def test_a_variable_of_training_that_sets_no_key_is_refused_by_its_name(tmp_path: Path) -> None:
+    message = refusal("train", "--out", tmp_path / "run", "--data", tmp_path,
+                      KVIK_TRAIN_SEED="1", KVIK_TRAIN_LEARNINGRATE="0.1")  # fmt: skip
+
+    assert message.startswith("KVIK_TRAIN_LEARNINGRATE is no key of a training run; did you mean ")
+
+
 # bench decode
 
 
