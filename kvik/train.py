@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +11,8 @@ from rich.progress import Progress
 
 from kvik.terminal import console, fail
 
-
 _VARIABLES = "KVIK_TRAIN_"  # and a training key
+
 
 def prepare(
     files: Annotated[list[Path], typer.Argument(help="Text files, UTF-8, a document each.")],
@@ -142,11 +143,11 @@ def train(
     if stop.signal_number is not None:
         console.print(
             f"stopped after step {state.step} of {trainer.config.max_steps}, which is saved; go on "
-            f"with: kvik train --out {out} --resume",
+            f"with: kvik train --out {shlex.quote(str(out))} --resume",
             soft_wrap=True,
         )
         raise typer.Exit(128 + stop.signal_number)
     typer.echo(f"done       {state.step} steps")
     if state.best_step is not None:
         typer.echo(f"best       step {state.best_step}, val loss {state.best_val_loss:.4f}")
-        typer.echo(f"try it     kvik generate --model {out / 'best'}")
+        typer.echo(f"try it     kvik generate --model {shlex.quote(str(out / 'best'))}")

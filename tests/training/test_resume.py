@@ -118,7 +118,7 @@ def test_run_killed_from_outside_and_resumed_ends_as_if_undisturbed(
 def test_signals_end_the_step_save_and_say_how_to_go_on(
     data: Path, undisturbed_long: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
+    run = tmp_path / "a run"
     process = kvik_train(run, "--data", data, *keys(LONG))
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         done = len(losses(run)) if run.exists() else 0
@@ -128,7 +128,7 @@ def test_signals_end_the_step_save_and_say_how_to_go_on(
         found, output = finish(process)
 
         assert found == status, output
-        assert f"go on with: kvik train --out {run} --resume" in output
+        assert f"go on with: kvik train --out '{run}' --resume" in output
         assert (run / "latest").resolve().name == f"step-{len(losses(run)):08}"
         process = kvik_train(run, "--resume")
     assert finish(process)[0] == 0
