@@ -48,7 +48,7 @@ def convert(
         tokenizer_directory: a byte-level BPE's files, or a directory with llm.c's.
         meta: nanoGPT's meta.pkl, for a model of characters.
         without_tokenizer: go on without one; the result takes token ids only.
-        activation: overrides what a nanoGPT checkpoint is taken to compute.
+        activation: what a nanoGPT checkpoint is taken to compute; the others say it themselves.
 
     Raises:
         CheckpointError: naming the file, what was expected and found, and what to do.
@@ -58,6 +58,11 @@ def convert(
     try:
         before = _stamps(source)
         foreign = read_foreign(source, activation)
+        if activation not in (None, foreign.config.activation):
+            raise CheckpointError(
+                f"{foreign.path} computes {foreign.config.activation}, as its format says, and not "
+                f"{activation}: --activation is for nanoGPT's files, which do not say."
+            )
         found = find_tokenizer(
             foreign, directory=tokenizer_directory, meta=meta, without=without_tokenizer
         )
