@@ -215,6 +215,11 @@ async def _first_model(config: LoadConfig) -> str:
     except (OSError, TimeoutError) as error:
         raise BenchmarkError(f"{config.url} cannot be reached: {error or 'timeout'}.") from None
     status, lines = _after_head(pieces)
+    if status == 401:
+        raise BenchmarkError(
+            f"{config.url} wants another API key than {'this' if config.api_key else 'none'}: name "
+            "it with --api-key."
+        )
     try:
         name = json.loads(b"\n".join(line for _, line in lines))["data"][0]["id"]
     except (ValueError, KeyError, IndexError, TypeError):

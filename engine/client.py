@@ -68,8 +68,10 @@ class EngineClient:
         A worker without a sign of life for `hang_seconds` while it has work is killed. After
         `max_fruitless_restarts` workers in a row that brought no token, none is started any more.
         Another `worker_module` speaks the same frames, and need not compute for them. The first
-        worker may have been started already.
+        worker may have been started already. Raises ValueError for times that cannot be.
         """
+        if not 0 < hang_seconds < 1e9:
+            raise ValueError(f"hang_seconds must be positive, got {hang_seconds}")
         self._config = config
         self._hang_seconds = hang_seconds
         self._start_seconds = start_seconds

@@ -64,7 +64,7 @@ class EngineDied(EngineError):
     """The engine died while it ran this request, and a new one could not finish it either."""
 
     def __init__(self, *, reason: str) -> None:
-        super().__init__(f"The engine failed while generating: {reason}.")
+        super().__init__(f"The engine failed while generating: {reason.removesuffix('.')}.")
         self.reason = reason
 
 

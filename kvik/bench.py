@@ -97,13 +97,14 @@ def bench_serve(
         ) as progress:
             task = progress.add_task("streams", total=num_requests)
             numbers = bench_serving(config, advance=lambda: progress.advance(task))
-        if report is not None:
-            report.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     except (BenchmarkError, ValueError) as error:
         fail(error)
-    except OSError as error:
-        fail(f"{report} cannot be written: {error.strerror}.")
     Console(highlight=False).print(table_of(numbers))
+    if report is not None:
+        try:
+            report.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            fail(f"{report} cannot be written: {error.strerror}.")
 
 
 def bench_decode(

@@ -109,7 +109,9 @@ def convert(
     no_tokenizer: Annotated[
         bool,
         typer.Option(
-            "--no-tokenizer", envvar="KVIK_NO_TOKENIZER", help="Convert for token ids only."
+            "--no-tokenizer",
+            envvar="KVIK_NO_TOKENIZER",
+            help="Convert the weights alone; they are served once a tokenizer lies beside them.",
         ),
     ] = False,
     activation: Annotated[

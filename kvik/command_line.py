@@ -9,6 +9,7 @@ from kvik.bench import bench_decode, bench_serve
 from kvik.checkpoints import convert, inspect, score
 from kvik.generate import generate
 from kvik.serve import serve
+from kvik.terminal import Command
 from kvik.train import prepare, train
 
 app = typer.Typer(
@@ -37,18 +38,20 @@ def kvik(
     """Train a GPT and serve it."""
 
 
-app.command()(inspect)
-app.command()(generate)
-app.command()(score)
-app.command()(convert)
-app.command()(prepare)
+app.command(cls=Command)(inspect)
+app.command(cls=Command)(generate)
+app.command(cls=Command)(score)
+app.command(cls=Command)(convert)
+app.command(cls=Command)(prepare)
 # --key value sets any training key, and those are not options that typer knows.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
-app.command()(serve)
+app.command(
+    cls=Command, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)(train)
+app.command(cls=Command)(serve)
 
 bench = typer.Typer(
     help="Measure a server, or the engine alone.", no_args_is_help=True, rich_markup_mode=None
 )
-bench.command("serve")(bench_serve)
-bench.command("decode")(bench_decode)
+bench.command("serve", cls=Command)(bench_serve)
+bench.command("decode", cls=Command)(bench_decode)
 app.add_typer(bench, name="bench")

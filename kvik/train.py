@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,8 @@ import typer
 from rich.progress import Progress
 
 from kvik.terminal import console, fail
+
+_VARIABLES = "KVIK_TRAIN_"  # and a training key
 
 
 def prepare(
@@ -104,7 +107,7 @@ def train(
     --key value sets any training key of docs/training.md.
     Later ones win: defaults, --preset, --config, KVIK_TRAIN_<KEY> in the environment, --key value.
     """
-    from training.config import KEYS, parse_arguments, parse_value, preset_values, read_toml
+    from training.config import check_key, parse_arguments, parse_value, preset_values, read_toml
     from training.display import LogDisplay, TerminalDisplay
     from training.errors import TrainingError
     from training.start import resume_run, start_run
@@ -118,9 +121,10 @@ def train(
                 **preset_values(preset),
                 **({} if config is None else read_toml(config)),
                 **{
-                    key: parse_value(key, os.environ[f"KVIK_TRAIN_{key.upper()}"])
-                    for key in KEYS
-                    if f"KVIK_TRAIN_{key.upper()}" in os.environ
+                    key: parse_value(key, text)
+                    for name, text in os.environ.items()
+                    if name.startswith(_VARIABLES)
+                    for key in [check_key(name.removeprefix(_VARIABLES).lower(), shown=name)]
                 },
                 **parse_arguments(context.args),
             }
@@ -139,11 +143,11 @@ def train(
     if stop.signal_number is not None:
         console.print(
             f"stopped after step {state.step} of {trainer.config.max_steps}, which is saved; go on "
-            f"with: kvik train --out {out} --resume",
+            f"with: kvik train --out {shlex.quote(str(out))} --resume",
             soft_wrap=True,
         )
         raise typer.Exit(128 + stop.signal_number)
     typer.echo(f"done       {state.step} steps")
     if state.best_step is not None:
         typer.echo(f"best       step {state.best_step}, val loss {state.best_val_loss:.4f}")
-        typer.echo(f"try it     kvik generate --model {out / 'best'}")
+        typer.echo(f"try it     kvik generate --model {shlex.quote(str(out / 'best'))}")

@@ -1,5 +1,8 @@
 """What the server says once it can be used: what runs, where memory goes, where and how to ask."""
 
+import json
+import shlex
+
 from engine.messages import Ready
 from server.config import ServerConfig
 from server.served_model import ServedModel
@@ -12,8 +15,9 @@ def describe_start(
     """Lines for people."""
     cache_tokens = facts.num_blocks * facts.block_size
     key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
-    body = f'{{"model": "{model.name}", "prompt": "Once upon a time", '
-    body += '"max_tokens": 200, "stream": true}'
+    body = {
+        "model": model.name, "prompt": "Once upon a time", "max_tokens": 200, "stream": True,
+    }  # fmt: skip
     return [
         f"model    {model.name} on {facts.device} in {facts.dtype}, "
         f"weights {facts.weights_id[:16]}",
@@ -27,5 +31,6 @@ def describe_start(
         f"address  {address}",
         f"watch    {address}/dashboard",
         "try it   "
-        f"curl -N {address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+        f"curl -N {address}/v1/completions{key} -H 'Content-Type: application/json' "
+        f"-d {shlex.quote(json.dumps(body))}",
     ]

@@ -1,11 +1,21 @@
 """HTTP on a socket, as uvicorn does it, with bounds on a request's head and our shape of errors."""
 
 import asyncio
+import re
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from server.errors import ApiError, HeadersTooLarge, InvalidRequest, TooSlow
+
+# Java's client, for one, offers HTTP/2 with its first request. Whoever does not take an offer may
+# pass over it; the parser would take the body behind it for another protocol's bytes.
+_UPGRADE = re.compile(rb"(?<=\r\n)upgrade(?=[ \t]*:)", re.IGNORECASE)
+_PASSED_OVER = b"Ignored"  # as long
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -26,9 +36,11 @@ class HttpProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_in_head = True
-        self._num_head_bytes = 0
+        self._is_in_body = False
+        self._num_head_bytes = 0  # received since the last that were a body's
         self._is_refused = False
         self._head_timer: asyncio.TimerHandle | None = None
+        self._cycles: list[RequestResponseCycle] = []  # of requests without their whole answer
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See Protocol."""
@@ -39,17 +51,22 @@ class HttpProtocol(HttpToolsProtocol):
         """See Protocol."""
         self._stop_head_timer()
         super().connection_lost(exc)
+        # uvicorn tells it to the last request that arrived, and another may run before that.
+        for cycle in self._unanswered():
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """See Protocol."""
         if self._is_refused:
             return
+        self._num_head_bytes += len(data)
+        if not self._is_in_body:
+            data = _UPGRADE.sub(_PASSED_OVER, data)
         super().data_received(data)
-        if self._is_in_head and not self._is_refused:
-            # Within a head that is not complete, all of the data may belong to it.
-            self._num_head_bytes += len(data)
-            if self._num_head_bytes > self.max_header_bytes:
-                self._refuse_head()
+        # All that is no body's: a head that is not complete, a chunk's extension, trailers.
+        if self._num_head_bytes > self.max_header_bytes and not self._is_refused:
+            self._refuse_head()
 
     def on_message_begin(self) -> None:
         """See HttpToolsProtocol."""
@@ -63,27 +80,35 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """See HttpToolsProtocol."""
-        self._is_in_head = False
+        self._is_in_head, self._is_in_body = False, True
+        self._num_head_bytes = 0
         self._stop_head_timer()
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self.max_header_bytes:
             self._refuse_head()
         elif not self._is_refused:
             super().on_headers_complete()
+            self._cycles = [*self._unanswered(), self.cycle]
 
     def on_body(self, body: bytes) -> None:
         """See HttpToolsProtocol."""
+        self._num_head_bytes = 0
         if not self._is_refused:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """See HttpToolsProtocol."""
+        self._is_in_body = False
+        self._num_head_bytes = 0
         if not self._is_refused:
             super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
         self._refuse(InvalidRequest("This is not an HTTP request that can be understood."))
+
+    def _unanswered(self) -> list[RequestResponseCycle]:
+        return [cycle for cycle in self._cycles if not cycle.response_complete]
 
     def _start_head(self) -> None:
         self._is_in_head = True

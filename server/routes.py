@@ -256,7 +256,8 @@ async def start_completion(service: Service, account: Account, body: CompletionR
             generation.streams.add(stream)
     except EngineDied as error:
         generation.close()
-        raise Unavailable(str(error), code="engine_down") from None
+        reason = error.reason.removesuffix(".")
+        raise Unavailable(f"The engine is down: {reason}.", code="engine_down") from None
     except EngineError as error:
         generation.close()
         raise from_engine(error) from None

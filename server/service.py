@@ -332,5 +332,6 @@ class Service:
 
 
 def _sentence(reason: str) -> str:
-    text = reason[:1].upper() + reason[1:]
+    # Ours begin so; others with a path, or a field's name.
+    text = "T" + reason[1:] if reason.startswith("the ") else reason
     return text if text.endswith(".") else text + "."

@@ -43,7 +43,9 @@ class Timelines:
     def add(self, timeline: Timeline) -> None:
         """Remember a request from now on, and forget the oldest."""
         key = (timeline.owner, timeline.request_id)
-        self._timelines.pop(key, None)
+        known = self._timelines.pop(key, None)
+        if known is not None and known.received_at > timeline.received_at:
+            timeline = known  # an older one that ends later
         self._timelines[key] = timeline
         if len(self._timelines) > self._max_num:
             self._timelines.popitem(last=False)

@@ -98,15 +98,17 @@ class Journal:
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines(True):
-            try:
-                record = json.loads(line)
-                is_training = "val_loss" not in record and "text" not in record
-                limit = state.step if is_training else state.watched_step
-                if line.endswith("\n") and record["step"] <= limit:
-                    kept.append(line)
-            except (ValueError, TypeError, KeyError):
-                continue
+        # A file's own lines: `splitlines` would cut at characters that a sample may have.
+        with self._path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    record = json.loads(line)
+                    is_training = "val_loss" not in record and "text" not in record
+                    limit = state.step if is_training else state.watched_step
+                    if line.endswith("\n") and record["step"] <= limit:
+                        kept.append(line)
+                except (ValueError, TypeError, KeyError):
+                    continue
         replace_file(self._path, "".join(kept))
 
 

@@ -157,6 +157,23 @@ RESUMABLE_KEYS = (
     "compile",  # sums in another order, so no longer bit for bit
 )
 
+# What nanoGPT calls them, whose users come with its names in their fingers.
+NANOGPT_NAMES: Mapping[str, str] = {
+    "block_size": "n_ctx",
+    "batch_size": "batch",
+    "gradient_accumulation_steps": "accumulation",
+    "max_iters": "max_steps",
+    "lr_decay_iters": "max_steps",
+    "min_lr": "min_learning_rate",
+    "warmup_iters": "warmup_steps",
+    "grad_clip": "gradient_clip",
+    "dataset": "--data",
+    "out_dir": "--out",
+    "init_from": "--init or --resume",
+    "dtype": "precision",
+    "always_save_checkpoint": "checkpoint_interval with keep_checkpoints",
+}
+
 PRESETS: Mapping[str, Mapping[str, Value]] = {
     # The model that ships with Kvik: an hour on two CPU cores with bfloat16.
     "storyteller": {
@@ -277,9 +294,14 @@ def check_key(key: str, *, shown: str) -> str:
     """Return a key that exists; raises ConfigError, suggesting the nearest one."""
     if key in KEYS:
         return key
+    if key in NANOGPT_NAMES:
+        raise ConfigError(
+            f"{shown} is no key of a training run; what nanoGPT calls so is {NANOGPT_NAMES[key]} "
+            "here."
+        )
     near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.7)
     remedy = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}."
-    remedy += " docs/training.md explains them, and has nanoGPT's names for them."
+    remedy += " docs/training.md explains them."
     raise ConfigError(f"{shown} is no key of a training run; {remedy}")
 
 

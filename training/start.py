@@ -1,6 +1,7 @@
 """From settings, data and checkpoints to a trainer at its first or next step; makes no step."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -91,6 +92,16 @@ def resume_run(
     run = RunDirectory(path)
     frozen, facts = run.read()
     config = resolve([{key: getattr(frozen, key) for key in KEYS}, _changes(frozen, settings)])
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise RunError(
+            f"{path} is trained on cuda, and no CUDA device is available here. Another device is "
+            f"another run: begin it with --init {path / 'latest'}."
+        )
+    if data is None and not os.path.lexists(facts.data):
+        raise DataError(
+            f"{path} was started on the data in {facts.data}, which is not there; say with --data "
+            "where it lies now."
+        )
     dataset = load_dataset(Path(facts.data) if data is None else data)
     if dataset.fingerprint != facts.data_sha256:
         raise RunError(

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import NoReturn
 
@@ -53,7 +54,8 @@ def resolve(
     if path.exists():
         raise HubError(
             f"{model} is a file, and a model is a directory with config.json and "
-            f"model.safetensors. To turn a checkpoint file into one: kvik convert {model} DIRECTORY"
+            f"model.safetensors. To turn a checkpoint file into one: kvik convert "
+            f"{shlex.quote(model)} DIRECTORY"
         )
     name = _NAME.fullmatch(model)
     # owner/name beside a directory called owner is a path with a typo far more often than a name.

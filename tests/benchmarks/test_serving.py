@@ -313,7 +313,12 @@ def test_a_live_server_is_measured_from_the_command_line(tmp_path: Path) -> None
     checkpoint = tiny_checkpoint(tmp_path / "tiny", model=tiny_gpt(tiny_config(n_ctx=256)))
     live = LiveServer(checkpoint, tmp_path / "stderr", "--api-key", "sesame").wait_until_ready()
     written = tmp_path / "report.json"
+    load = ["bench", "serve", live.url, "--num-requests", "1", "--max-tokens", "4"]
     try:
+        locked_out = CliRunner().invoke(app, load)
+        unwritten = CliRunner().invoke(
+            app, [*load, "--api-key", "sesame", "--report", str(tmp_path / "nowhere" / "report")]
+        )
         run = CliRunner().invoke(
             app,
             [
@@ -332,7 +337,10 @@ def test_a_live_server_is_measured_from_the_command_line(tmp_path: Path) -> None
     numbers = json.loads(written.read_text())
     assert (numbers["num_requests"], numbers["num_errors"]) == (12, 0)
     assert numbers["completion_tokens"] == 12 * 20
-    assert "kvik_generation_tokens_total 240.0" in metrics
+    assert "kvik_generation_tokens_total 244.0" in metrics
+    assert "wants another API key than none: name it with --api-key." in locked_out.stderr
+    assert "end to end" in unwritten.stdout  # what was measured is not lost
+    assert "report cannot be written: No such file or directory." in unwritten.stderr
     assert set(numbers) == {
         "settings", "loop", "seconds", "num_requests", "num_errors", "first_error",
         "completion_tokens", "tokens_per_second", "requests_per_second",

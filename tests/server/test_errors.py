@@ -427,6 +427,25 @@ def test_readiness_tells_the_states_apart_each_with_its_reason(serve: Serve) -> 
     assert len({reason for _, _, reason in seen}) == 6
 
 
+def test_an_engine_that_cannot_start_again_is_told_of_in_a_sentence(
+    serve: Serve,
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise EngineDied(reason=reason)
+
+    reason = "models/mine is not a directory."
+    with serve() as (client, service):
+        service.engine.state, service.engine.reason = EngineState.DOWN, reason
+        ready = client.get("/health/ready")
+        service.engine.submit = refuse
+        reply = client.post(URL, json=GOOD)
+
+    assert ready.json()["reason"] == reason
+    assert reply.status_code == 503
+    assert check_shape(reply)["message"] == f"The engine is down: {reason}"
+    assert str(EngineDied(reason=reason)) == f"The engine failed while generating: {reason}"
+
+
 def test_a_draining_server_refuses_new_requests(serve: Serve) -> None:
     with serve() as (client, service):
         service.is_draining = True

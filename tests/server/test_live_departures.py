@@ -83,6 +83,20 @@ def test_a_client_that_leaves_frees_what_it_had_at_once(server: LiveServer, stre
     assert other.is_done
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_a_request_with_another_behind_it(
+    server: LiveServer, stream: bool
+) -> None:
+    aborted = server.metric("kvik_requests_finished_total", "abort")
+    with connect(server.url) as connection:
+        connection.sendall(
+            raw_request(request(max_tokens=1000, stream=stream, n=4)) + raw_request(request())
+        )
+        until(lambda: server.metric("kvik_num_requests_running") >= 4)
+
+    until(lambda: server.metric("kvik_requests_finished_total", "abort") == aborted + 1)
+
+
 def test_blocks_and_counts_are_as_before_when_all_have_left(server: LiveServer) -> None:
     connection = connect(server.url)
     connection.sendall(raw_request(request(max_tokens=900, n=4)))

@@ -139,3 +139,39 @@ def test_abuse_of_http_gets_an_answer_of_our_shape(
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status), answer[:200]
     assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("pause", [0, 0.2])
+def test_an_offer_of_http2_is_passed_over(impatient: LiveServer, pause: float) -> None:
+    data = raw_request(request(max_tokens=2))
+    head, _, body = data.partition(b"\r\n\r\n")
+    offer = (
+        b"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMA\r\n\r\n"
+    )
+
+    answers = []
+    with connect(impatient.url) as connection:
+        for beginning in (head + offer, head + b"\r\n\r\n"):
+            connection.sendall(beginning)
+            time.sleep(pause)
+            connection.sendall(body)
+            time.sleep(1)
+            answers.append(connection.recv(65536))
+
+    for answer in answers:
+        assert answer.startswith(b"HTTP/1.1 200 OK"), answer
+
+
+@pytest.mark.parametrize("begin", [b"0\r\n", b"1;"], ids=["trailers", "extension"])
+@pytest.mark.parametrize("line", [b"X: " + b"a" * 10_000 + b"\r\n", b"a" * 10_000])
+def test_what_is_neither_head_nor_body_has_an_end(
+    impatient: LiveServer, begin: bytes, line: bytes
+) -> None:
+    with connect(impatient.url) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n" + begin
+        )
+
+        with pytest.raises(ConnectionError):
+            connection.sendall(3000 * line)  # more than the buffers of both sides hold

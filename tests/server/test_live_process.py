@@ -163,6 +163,8 @@ def test_what_prevents_a_start_is_told_in_a_sentence(live_checkpoint: Path, tmp_
             refusal("--num-blocks", "3", checkpoint=live_checkpoint),
             refusal("--tls-certificate", str(cut / "config.json"), checkpoint=live_checkpoint),
             refusal("--api-key-file", str(tmp_path / "nowhere"), checkpoint=live_checkpoint),
+            refusal("--max-num-scheduled-tokens", "10", checkpoint=live_checkpoint),
+            refusal("--hang-seconds", "0", checkpoint=live_checkpoint),
         ]
 
     for status, message in cases:
@@ -173,8 +175,10 @@ def test_what_prevents_a_start_is_told_in_a_sentence(live_checkpoint: Path, tmp_
     assert "nowhere" in cases[0][1]
     assert "model.safetensors" in cases[1][1]
     assert port in cases[2][1]
-    assert "num_blocks" in cases[3][1]
+    assert "raise --num-blocks to" in cases[3][1]
     assert "TLS" in cases[4][1]
+    assert "error: --max-num-scheduled-tokens must be at least --max-num-seq" in cases[6][1]
+    assert "error: --hang-seconds must be positive, got 0" in cases[7][1]
 
 
 def test_https_with_a_certificate_and_a_key(start: Start, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from engine.messages import Ready
 from server.routes import PAGES
 from server.served_model import ServedModel
 from server.service import VERSION
+from server.timelines import Timeline, Timelines
 from tests.server.conftest import Serve, make_client
 from tests.server.fakes import FACTS, FakeEngine
 from tests.server.test_errors import check_shape
@@ -197,6 +198,16 @@ def test_the_ring_forgets_the_oldest_request(serve: Serve) -> None:
         found = [client.get(f"/v1/requests/r{number}").status_code for number in range(5)]
 
     assert found == [404, 404, 200, 200, 200]
+
+
+def test_an_older_request_that_ends_later_does_not_hide_a_newer_one() -> None:
+    timelines = Timelines(3)
+    older, newer = (Timeline(request_id="a", owner=b"", received_at=at) for at in (1.0, 2.0))
+
+    for timeline in (older, newer, older):  # the last when it has ended
+        timelines.add(timeline)
+
+    assert timelines.find("a", b"") is newer
 
 
 def test_a_refused_request_has_a_timeline_too(serve: Serve) -> None:

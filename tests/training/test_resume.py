@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.training.forked_runs import SETTINGS
 from tests.training.tiny import SETTINGS as SHAPE
 from tests.training.tiny import begin, contents, losses, metrics, resume, train
+from training.checkpointing import RunDirectory
 from training.config import Value
 from training.display import LogDisplay
 from training.errors import ConfigError, DataError, RunError
@@ -118,7 +120,7 @@ def test_run_killed_from_outside_and_resumed_ends_as_if_undisturbed(
 def test_signals_end_the_step_save_and_say_how_to_go_on(
     data: Path, undisturbed_long: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
+    run = tmp_path / "a run"
     process = kvik_train(run, "--data", data, *keys(LONG))
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         done = len(losses(run)) if run.exists() else 0
@@ -128,7 +130,7 @@ def test_signals_end_the_step_save_and_say_how_to_go_on(
         found, output = finish(process)
 
         assert found == status, output
-        assert f"go on with: kvik train --out {run} --resume" in output
+        assert f"go on with: kvik train --out '{run}' --resume" in output
         assert (run / "latest").resolve().name == f"step-{len(losses(run)):08}"
         process = kvik_train(run, "--resume")
     assert finish(process)[0] == 0
@@ -410,3 +412,40 @@ def test_missing_data_is_said_on_resuming(undisturbed: Path, tmp_path: Path) -> 
         resume_run(
             undisturbed, {}, data=tmp_path / "gone", display=LogDisplay(), stop=StopRequest()
         )
+
+
+def test_data_that_lay_where_it_does_not_lie_any_more_is_asked_for(
+    data: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(data, tmp_path / "moved")
+    train(tmp_path / "run", moved, max_steps=1)
+    moved.rename(tmp_path / "elsewhere")
+
+    with pytest.raises(DataError, match=r"moved, which is not there; say with --data"):
+        resume(tmp_path / "run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_run_of_a_gpu_says_how_to_go_on_without_one(undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run, symlinks=True)
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace('device = "cpu"', 'device = "cuda"'))
+
+    with pytest.raises(RunError, match=r"no CUDA device .* begin it with --init .*latest"):
+        resume(run)
+
+
+def test_a_sample_with_a_line_separator_in_it_survives_resuming(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run, symlinks=True)
+    journal = RunDirectory(run).samples
+    for step in (1, 2):
+        journal.append({"step": step, "text": "one\u2028two\x85three"})
+    before = (run / "samples.jsonl").read_bytes()
+
+    resume(run).train()
+
+    assert (run / "samples.jsonl").read_bytes() == before

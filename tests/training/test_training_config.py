@@ -53,6 +53,8 @@ def test_nanogpt_presets_are_nanogpts() -> None:
     ("arguments", "message"),
     [
         (["--learning_rat", "1"], "--learning_rat is no key .* did you mean learning_rate?"),
+        (["--batch_size=64"], "--batch_size is no key .* what nanoGPT calls so is batch here"),
+        (["--out_dir", "x"], "--out_dir is no key .* what nanoGPT calls so is --out here"),
         (["--n-layers=3"], "--n-layers is no key .* did you mean n_layer?"),
         (["--zzz", "3"], "--zzz is no key .* the keys are n_layer, "),
         (["--batch"], "--batch needs a value"),

@@ -184,6 +184,18 @@ def test_other_settings_of_the_computation_are_carried(tmp_path: Path) -> None:
     assert_same_logits(tmp_path / "ours", reference)
 
 
+def test_activation_that_the_config_names_cannot_be_overruled(
+    tmp_path: Path, reference: GPT2LMHeadModel
+) -> None:
+    directory = directory_of(reference, tmp_path / "theirs")
+
+    with pytest.raises(CheckpointError, match=r"computes gelu_new, .* and not gelu: --activation"):
+        convert(directory, tmp_path / "ours", activation="gelu")
+    convert(directory, tmp_path / "ours", activation="gelu_new")
+
+    assert read_layout(tmp_path / "ours").config.activation == "gelu_new"
+
+
 @pytest.mark.parametrize("max_shard_size", ["5GB", "10KB"])
 def test_safetensors_directory_is_saved_again_in_another_precision(
     tmp_path: Path, reference: GPT2LMHeadModel, max_shard_size: str

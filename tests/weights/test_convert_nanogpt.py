@@ -195,7 +195,7 @@ def test_without_a_tokenizer_only_on_request(tmp_path: Path) -> None:
     report = convert(path, tmp_path / "ours", without_tokenizer=True)
 
     assert_same_logits(tmp_path / "ours", tokens, source(tokens))
-    assert "no tokenizer: the result takes and gives token ids only" in report.changed
+    assert "no tokenizer: put its files beside the weights before you serve them" in report.changed
     assert sorted(os.listdir(tmp_path / "ours")) == ["config.json", "model.safetensors"]
     assert not (tmp_path / "refused").exists()
 

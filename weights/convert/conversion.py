@@ -47,8 +47,8 @@ def convert(
         dtype: float32, float16 or bfloat16 on disk; None keeps the source's.
         tokenizer_directory: a byte-level BPE's files, or a directory with llm.c's.
         meta: nanoGPT's meta.pkl, for a model of characters.
-        without_tokenizer: go on without one; the result takes token ids only.
-        activation: overrides what a nanoGPT checkpoint is taken to compute.
+        without_tokenizer: go on without one; the result is served once a tokenizer lies beside it.
+        activation: what a nanoGPT checkpoint is taken to compute; the others say it themselves.
 
     Raises:
         CheckpointError: naming the file, what was expected and found, and what to do.
@@ -58,6 +58,11 @@ def convert(
     try:
         before = _stamps(source)
         foreign = read_foreign(source, activation)
+        if activation not in (None, foreign.config.activation):
+            raise CheckpointError(
+                f"{foreign.path} computes {foreign.config.activation}, as its format says, and not "
+                f"{activation}: --activation is for nanoGPT's files, which do not say."
+            )
         found = find_tokenizer(
             foreign, directory=tokenizer_directory, meta=meta, without=without_tokenizer
         )
@@ -118,7 +123,7 @@ def _check_unchanged(path: Path, before: dict[Path, tuple[int, int]]) -> None:
 def _choose_vocab_size(rows: int, found: FoundTokenizer, changed: list[str]) -> int:
     """How many of the vocabulary's rows to keep; says so in `changed`."""
     if found.tokenizer is None:
-        changed.append("no tokenizer: the result takes and gives token ids only")
+        changed.append("no tokenizer: put its files beside the weights before you serve them")
         return rows
     num_ids = found.tokenizer.vocab_size
     if rows == num_ids:

@@ -128,4 +128,4 @@ def _advice(foreign: ForeignCheckpoint, passed_over: list[str]) -> str:
         )
     else:
         remedy = f"Pass --tokenizer-dir with a directory that has the tokenizer of its {rows} ids"
-    return f"{looked} {remedy}. To convert without one, for token ids only: --no-tokenizer."
+    return f"{looked} {remedy}. To convert the weights alone: --no-tokenizer."
