@@ -16,6 +16,8 @@ _STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 # little more each costs next to nothing, and much less would leave the weights read for few rows.
 _PROMPT_SHARE = 5 / 8
 
+_MAX_NUM_THREADS = 1024  # far more than any machine has use for, and no system runs out of them
+
 # Prompt positions whose logits are held at a time. With fewer, the head's weights are read more
 # often than they need be: 32 made scoring a twentieth slower.
 SCORED_ROWS = 256
@@ -112,6 +114,11 @@ class LaunchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or absent, got {value}")
+        if self.num_threads is not None and self.num_threads > _MAX_NUM_THREADS:
+            raise ValueError(
+                f"num_threads must be at most {_MAX_NUM_THREADS}, got {self.num_threads}: more "
+                "than cores only wait for each other"
+            )
         if self.kv_cache_bytes is not None and self.engine.num_blocks is not None:
             raise ValueError(
                 f"kv_cache_bytes and num_blocks both say how large the KV cache is, got "

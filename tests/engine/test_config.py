@@ -33,6 +33,12 @@ def test_a_cache_of_two_sizes_is_refused() -> None:
         LaunchConfig(model="m", kv_cache_bytes=5000, engine=EngineConfig(num_blocks=64))
 
 
+def test_more_threads_than_any_machine_has_use_for_are_refused() -> None:
+    LaunchConfig(model="m", num_threads=1024)
+    with pytest.raises(ValueError, match="num_threads must be at most 1024, got 100000"):
+        LaunchConfig(model="m", num_threads=100_000)
+
+
 def test_a_config_does_not_change() -> None:
     with pytest.raises(FrozenInstanceError):
         EngineConfig().block_size = 8  # type: ignore[misc]
