@@ -42,6 +42,9 @@ from server.service import VERSION, Service
 logger = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 1.0  # for last words, after the drain
+# A connection without a request lives longer than the 60 s for which proxies keep theirs: a request
+# that meets a closing one is lost.
+_UNUSED_SECONDS = 75
 
 
 class CannotServe(Exception):  # noqa: N818
@@ -266,5 +269,6 @@ def _uvicorn_config(config: ServerConfig, service: Service) -> uvicorn.Config:
         server_header=False,
         ssl_certfile=config.tls_certificate,
         ssl_keyfile=config.tls_key,
+        timeout_keep_alive=_UNUSED_SECONDS,
         timeout_graceful_shutdown=_FLUSH_SECONDS,  # type: ignore[arg-type]
     )

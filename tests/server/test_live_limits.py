@@ -175,3 +175,11 @@ def test_what_is_neither_head_nor_body_has_an_end(
 
         with pytest.raises(ConnectionError):
             connection.sendall(3000 * line)  # more than the buffers of both sides hold
+
+
+def test_an_unused_connection_stays_open_for_the_next_request(impatient: LiveServer) -> None:
+    with connect(impatient.url) as connection:
+        for pause in (5.5, 0):  # longer than uvicorn's own patience, and than a head may take
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: test\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+            time.sleep(pause)
