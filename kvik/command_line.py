@@ -1,6 +1,7 @@
 """The tree of commands; each is defined with its family and imports its room when it runs."""
 
 import importlib.metadata
+import os
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ from kvik.bench import bench_decode, bench_serve
 from kvik.checkpoints import convert, inspect, score
 from kvik.generate import generate
 from kvik.serve import serve
-from kvik.terminal import Command
+from kvik.terminal import Command, warn_of_unknown_variables
 from kvik.train import prepare, train
 
 app = typer.Typer(
@@ -30,12 +31,14 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def kvik(
+    ctx: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     """Train a GPT and serve it."""
+    warn_of_unknown_variables(ctx.command, os.environ)
 
 
 app.command(cls=Command)(inspect)

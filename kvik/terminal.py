@@ -1,6 +1,8 @@
 """What every command says when it fails, and text made safe for a terminal."""
 
+import difflib
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import typer
@@ -41,6 +43,31 @@ class Command(TyperCommand):
             whole = r"(?<![\w./-]){}(?![\w/-]|\.\w)" if "_" in option.name else r"^{}(?= must )"
             message = re.sub(whole.format(option.name), flag, message)
         return message
+
+
+# The first has training keys, which `kvik train` checks. The others are Kubernetes', for a service
+# by the name of kvik.
+_NOT_OPTIONS = ("KVIK_TRAIN_", "KVIK_SERVICE_", "KVIK_PORT_")
+
+
+def warn_of_unknown_variables(root: Any, environment: Iterable[str]) -> None:
+    """Name the variables that look like an option's of any command below `root` and are none."""
+    known = set(_variables(root))
+    for name in sorted(environment):
+        if not name.startswith("KVIK_") or name in known or name.startswith(_NOT_OPTIONS):
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        remedy = f"did you mean {near[0]}?" if near else "docs/configuration.md has them all."
+        warning = f"{name} is no option's variable, and is ignored: {remedy}"
+        console.print(f"[bold yellow]warning:[/] {without_markup(warning)}", soft_wrap=True)
+
+
+def _variables(command: Any) -> Iterator[str]:
+    """The variables of a command's options, and of those below it."""
+    for option in command.params:
+        yield from [option.envvar] if isinstance(option.envvar, str) else option.envvar or ()
+    for inner in getattr(command, "commands", {}).values():
+        yield from _variables(inner)
 
 
 def without_markup(message: object) -> str:

@@ -55,6 +55,30 @@ def refusal(*arguments: str | Path, **variables: str) -> str:
     return str(message)
 
 
+# The environment
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("KVIK_MAX_NUM_SEQUENCE", "did you mean KVIK_MAX_NUM_SEQUENCES?"),
+        ("KVIK_QUIET", "docs/configuration.md has them all."),
+    ],
+)
+def test_a_variable_of_no_option_is_named(checkpoint: Path, name: str, remedy: str) -> None:
+    result = kvik("inspect", checkpoint, **{name: "3"})
+
+    assert result.exit_code == 0
+    assert result.stderr == f"warning: {name} is no option's variable, and is ignored: {remedy}\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["KVIK_BENCH_TOP_P", "KVIK_PORT_8000_TCP", "KVIK_SERVICE_HOST", "KVIK_TRAIN_SEED"]
+)
+def test_variables_of_others_are_nothing_to_warn_of(checkpoint: Path, name: str) -> None:
+    assert kvik("inspect", checkpoint, **{name: "3"}).stderr == ""
+
+
 # inspect
 
 
