@@ -218,7 +218,7 @@ def test_unusable_text_is_named_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokenizer", "gpt2"], "tokenizer_dir must name a directory with GPT-2's vocabulary"),
+        (["--tokenizer", "gpt2"], "--tokenizer-dir must name a directory with GPT-2's vocabulary"),
         ([], "tokenizer must be gpt2, char or bpe:N such as bpe:2048, got nothing"),
         (["--tokenizer", "bpe"], "tokenizer must be gpt2, char or bpe:N such as bpe:2048"),
         (["--tokenizer", "bpe:256"], "takes N from 257 (256 bytes and <|endoftext|>)"),
