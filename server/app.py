@@ -42,8 +42,8 @@ from server.service import VERSION, Service
 logger = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 1.0  # for last words, after the drain
-# A connection without a request lives longer than the 60 s for which proxies keep theirs: a request
-# that meets a closing one is lost.
+# After its last answer a connection lives longer than the 60 s for which proxies keep theirs: a
+# request that meets a closing one is lost.
 _UNUSED_SECONDS = 75
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections import deque
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import (
@@ -13,7 +14,9 @@ from uvicorn.protocols.http.httptools_impl import (
 from server.errors import ApiError, HeadersTooLarge, InvalidRequest, TooSlow
 
 # Java's client, for one, offers HTTP/2 with its first request. Whoever does not take an offer may
-# pass over it; the parser would take the body behind it for another protocol's bytes.
+# pass over it; the parser would take the body behind it for another protocol's bytes. Looked for in
+# a packet at a time, as clients send heads; a body's beginning beside it may be searched as well,
+# and JSON has no line that begins so.
 _UPGRADE = re.compile(rb"(?<=\r\n)upgrade(?=[ \t]*:)", re.IGNORECASE)
 _PASSED_OVER = b"Ignored"  # as long
 
@@ -40,7 +43,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._num_head_bytes = 0  # received since the last that were a body's
         self._is_refused = False
         self._head_timer: asyncio.TimerHandle | None = None
-        self._cycles: list[RequestResponseCycle] = []  # of requests without their whole answer
+        self._cycles: deque[RequestResponseCycle] = deque()  # from the first without its answer on
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See Protocol."""
@@ -52,14 +55,21 @@ class HttpProtocol(HttpToolsProtocol):
         self._stop_head_timer()
         super().connection_lost(exc)
         # uvicorn tells it to the last request that arrived, and another may run before that.
-        for cycle in self._unanswered():
-            cycle.disconnected = True
-            cycle.message_event.set()
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """See Protocol."""
         if self._is_refused:
             return
+        if not self._is_in_head and not self._is_in_body:
+            # Some send a line's end too many. It begins no request, and would stop the timer of a
+            # connection that waits for one.
+            data = data.lstrip(b"\r\n")
+            if not data:
+                return
         self._num_head_bytes += len(data)
         if not self._is_in_body:
             data = _UPGRADE.sub(_PASSED_OVER, data)
@@ -88,7 +98,10 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse_head()
         elif not self._is_refused:
             super().on_headers_complete()
-            self._cycles = [*self._unanswered(), self.cycle]
+            # Answers come in order, and there may be thousands of requests.
+            while self._cycles and self._cycles[0].response_complete:
+                self._cycles.popleft()
+            self._cycles.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """See HttpToolsProtocol."""
@@ -106,9 +119,6 @@ class HttpProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
         self._refuse(InvalidRequest("This is not an HTTP request that can be understood."))
-
-    def _unanswered(self) -> list[RequestResponseCycle]:
-        return [cycle for cycle in self._cycles if not cycle.response_complete]
 
     def _start_head(self) -> None:
         self._is_in_head = True
