@@ -45,16 +45,22 @@ class Command(TyperCommand):
         return message
 
 
-# The first has training keys, which `kvik train` checks. The others are Kubernetes', for a service
-# by the name of kvik.
-_NOT_OPTIONS = ("KVIK_TRAIN_", "KVIK_SERVICE_", "KVIK_PORT_")
+_TRAINING_KEYS = "KVIK_TRAIN_"  # which `kvik train` checks
+_OF_A_SERVICE = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_\d+_(TCP|UDP|SCTP).*)?$")
+
+
+def is_of_kubernetes(name: str) -> bool:
+    """Whether a variable is one that a pod gets for each service, perhaps `kvik-api`."""
+    return _OF_A_SERVICE.search(name) is not None
 
 
 def warn_of_unknown_variables(root: Any, environment: Iterable[str]) -> None:
     """Name the variables that look like an option's of any command below `root` and are none."""
     known = set(_variables(root))
     for name in sorted(environment):
-        if not name.startswith("KVIK_") or name in known or name.startswith(_NOT_OPTIONS):
+        if not name.startswith("KVIK_") or name in known:
+            continue
+        if name.startswith(_TRAINING_KEYS) or is_of_kubernetes(name):
             continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
         remedy = f"did you mean {near[0]}?" if near else "docs/configuration.md has them all."

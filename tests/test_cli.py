@@ -73,7 +73,15 @@ def test_a_variable_of_no_option_is_named(checkpoint: Path, name: str, remedy: s
 
 
 @pytest.mark.parametrize(
-    "name", ["KVIK_BENCH_TOP_P", "KVIK_PORT_8000_TCP", "KVIK_SERVICE_HOST", "KVIK_TRAIN_SEED"]
+    "name",
+    [
+        "KVIK_BENCH_TOP_P",
+        "KVIK_TRAIN_SEED",
+        "KVIK_API_SERVICE_HOST",
+        "KVIK_SERVICE_PORT_HTTP",
+        "KVIK_API_PORT",
+        "KVIK_PORT_8000_TCP_ADDR",
+    ],
 )
 def test_variables_of_others_are_nothing_to_warn_of(checkpoint: Path, name: str) -> None:
     assert kvik("inspect", checkpoint, **{name: "3"}).stderr == ""
