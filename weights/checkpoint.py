@@ -47,8 +47,8 @@ def write(
     Args:
         model: what to write.
         directory: an existing directory.
-        tokenizer: written beside it; its bos and eos ids go into the config. None leaves a
-            checkpoint that knows token ids only.
+        tokenizer: written beside it; its bos and eos ids go into the config. None leaves
+            weights alone, which nothing serves until a tokenizer lies beside them.
         dtype: float32, float16 or bfloat16 on disk; None keeps the model's own.
         max_shard_bytes: weights beyond this size are split over several files with an index.
 
