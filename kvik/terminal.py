@@ -45,7 +45,7 @@ class Command(TyperCommand):
         return message
 
 
-_TRAINING_KEYS = "KVIK_TRAIN_"  # which `kvik train` checks
+TRAINING_VARIABLES = "KVIK_TRAIN_"  # and a training key, which `kvik train` checks
 _OF_A_SERVICE = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_\d+_(TCP|UDP|SCTP).*)?$")
 
 
@@ -60,7 +60,7 @@ def warn_of_unknown_variables(root: Any, environment: Iterable[str]) -> None:
     for name in sorted(environment):
         if not name.startswith("KVIK_") or name in known:
             continue
-        if name.startswith(_TRAINING_KEYS) or is_of_kubernetes(name):
+        if name.startswith(TRAINING_VARIABLES) or is_of_kubernetes(name):
             continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
         remedy = f"did you mean {near[0]}?" if near else "docs/configuration.md has them all."

@@ -9,9 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from kvik.terminal import console, fail, is_of_kubernetes
-
-_VARIABLES = "KVIK_TRAIN_"  # and a training key
+from kvik.terminal import TRAINING_VARIABLES, console, fail, is_of_kubernetes
 
 
 def prepare(
@@ -123,8 +121,10 @@ def train(
                 **{
                     key: parse_value(key, text)
                     for name, text in os.environ.items()
-                    if name.startswith(_VARIABLES) and not is_of_kubernetes(name)
-                    for key in [check_key(name.removeprefix(_VARIABLES).lower(), shown=name)]
+                    if name.startswith(TRAINING_VARIABLES) and not is_of_kubernetes(name)
+                    for key in [
+                        check_key(name.removeprefix(TRAINING_VARIABLES).lower(), shown=name)
+                    ]
                 },
                 **parse_arguments(context.args),
             }
