@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from model.gpt import GPT
@@ -34,6 +34,7 @@ from training.errors import RunError
 from weights import checkpoint
 from weights.errors import CheckpointError
 from weights.new_directory import new_directory
+from weights.tensor_values import write_file
 
 CONFIG_FILE = "config.toml"
 FACTS_FILE = "run.json"
@@ -198,7 +199,7 @@ class RunDirectory:
                 with new_directory(path) as partial:
                     checkpoint.write(model, partial, tokenizer=tokenizer, dtype=torch.float32)
                     tensors = _optimizer_tensors(model, optimizer)
-                    save_file(tensors, partial / OPTIMIZER_FILE)
+                    write_file(tensors, partial / OPTIMIZER_FILE)
                     document = {
                         "state": dataclasses.asdict(state),
                         "threads": torch.get_num_threads(),

@@ -106,19 +106,20 @@ def write_tensors(tensors: dict[str, Tensor], directory: Path, max_shard_bytes: 
         shards[-1][name] = tensor
         room -= tensor.nbytes
     if len(shards) == 1:
-        _write_file(tensors, directory / WEIGHTS_FILE)
+        write_file(tensors, directory / WEIGHTS_FILE)
         return
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_file(shard, directory / name)
+        write_file(shard, directory / name)
         places |= dict.fromkeys(shard, name)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(tensors: dict[str, Tensor], path: Path) -> None:
+def write_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write one safetensors file. Raises CheckpointError."""
     try:
         save_file(tensors, path, {"format": "pt"})  # without it, transformers refuses the file
     except SafetensorError as error:

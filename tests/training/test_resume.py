@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -311,6 +312,15 @@ def test_data_may_lie_elsewhere_on_resuming(undisturbed: Path, data: Path, tmp_p
     trainer = resume_run(undisturbed, {}, data=moved, display=LogDisplay(), stop=StopRequest())
 
     assert trainer.state.step == 7
+
+
+def test_all_of_a_checkpoint_can_be_read_by_those_who_can_read_the_rest(undisturbed: Path) -> None:
+    checkpoint = undisturbed / "latest"
+    expected = stat.S_IMODE(checkpoint.stat().st_mode) & 0o666
+
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in checkpoint.iterdir()}
+
+    assert modes == dict.fromkeys(modes, expected)
 
 
 def test_existing_run_is_not_begun_again(undisturbed: Path, data: Path) -> None:
