@@ -1,4 +1,4 @@
-"""What a request brings, as it comes: one side puts outputs in, the other waits for them.
+"""What a request brings, as it comes: one side puts outputs in, the other takes them.
 
 For one event loop. Knows no process and no text, and no request but by how to give it up.
 """
@@ -7,51 +7,33 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
+from engine.errors import EngineError
 from engine.messages import TokenOutput
 
 
 class TokenStream:
     """The outputs of one request, as (choice, output) in the order they were made.
 
-    Iterate once; it ends when every choice has. Raises EngineError where the engine gives up.
+    Listen and take, or iterate once; it ends when every choice has.
     """
 
     def __init__(self, close: Callable[[], None]) -> None:
+        """Begin; `close` gives the request up."""
         self._ready: deque[tuple[int, TokenOutput]] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-        self._is_finished = False
-        self._error: Exception | None = None
+        self._listener: Callable[[], None] | None = None
+        self._is_called_soon = False
         self._close = close
+        self.is_finished = False  # nothing comes behind what is ready
+        self.error: EngineError | None = None  # why, where the engine gave up
 
-    def __aiter__(self) -> AsyncIterator[tuple[int, TokenOutput]]:
-        return self
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Have someone called soon after something came or the stream ended; the last one counts.
 
-    async def __anext__(self) -> tuple[int, TokenOutput]:
-        if not self._ready:
-            await self._wait()
-        if not self._ready:
-            raise StopAsyncIteration
-        return self._ready.popleft()
-
-    async def arrivals(self) -> list[tuple[int, TokenOutput]]:
-        """All that came since the last time, at least one; none at the end.
-
-        What arrives together can leave together, and costs its reader one wait.
+        Once for all that came together: it can leave together.
         """
-        if not self._ready:
-            await self._wait()
-        return self.take_ready()
-
-    async def _wait(self) -> None:
-        """Wait until something is ready, or nothing will be any more."""
-        while not self._ready:
-            if self._error is not None:
-                raise self._error
-            if self._is_finished:
-                return
-            # A future and no asyncio.Event: this happens once a token.
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+        self._listener = listener
+        if self._ready or self.is_finished:
+            self._call_soon()
 
     def take_ready(self) -> list[tuple[int, TokenOutput]]:
         """What has arrived and was not taken yet, without waiting."""
@@ -59,25 +41,49 @@ class TokenStream:
         self._ready.clear()
         return ready
 
+    def __aiter__(self) -> AsyncIterator[tuple[int, TokenOutput]]:
+        return self
+
+    async def __anext__(self) -> tuple[int, TokenOutput]:
+        """Raises EngineError where the engine gives up."""
+        while not self._ready:
+            if self.error is not None:
+                raise self.error
+            if self.is_finished:
+                raise StopAsyncIteration
+            await self._wait()
+        return self._ready.popleft()
+
+    async def _wait(self) -> None:
+        """Wait until something comes or the stream ends."""
+        called: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.listen(lambda: None if called.done() else called.set_result(None))
+        await called
+
     def close(self) -> None:
         """Give the request up; does nothing once it has finished."""
-        if not self._is_finished:
+        if not self.is_finished:
             self.finish()
             self._close()
 
     def put(self, choice: int, output: TokenOutput) -> None:
         """Deliver an output; for its maker alone."""
         self._ready.append((choice, output))
-        if self._waiter is not None:
-            self._wake()
+        self._call_soon()
 
-    def finish(self, error: Exception | None = None) -> None:
+    def finish(self, error: EngineError | None = None) -> None:
         """End the stream behind what was delivered; for its maker alone."""
-        self._is_finished = True
-        self._error = error
-        self._wake()
+        self.is_finished = True
+        self.error = error
+        self._call_soon()
 
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():  # its task may have gone
-            self._waiter.set_result(None)
-        self._waiter = None
+    def _call_soon(self) -> None:
+        # Not at once: the step that brings this may bring more, and so may the frame behind it.
+        if self._listener is not None and not self._is_called_soon:
+            self._is_called_soon = True
+            asyncio.get_running_loop().call_soon(self._call)
+
+    def _call(self) -> None:
+        self._is_called_soon = False
+        if self._listener is not None:
+            self._listener()

@@ -3,11 +3,11 @@
 Knows clocks, counts and metrics; text is made in `prompt_run`, replies in `streaming`.
 """
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
 
-from engine.errors import EngineError
 from engine.messages import TokenOutput
 from server.errors import ApiError, EngineFailed, from_engine
 from server.metrics import Metrics, Outcome
@@ -55,19 +55,18 @@ class Generation:
             self.given_up = (outcome, error)
             self.streams.give_up()
 
-    async def advance(self) -> list[ChoiceText] | None:
-        """Wait until choices got further, and return them; None when all have ended.
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Have someone called soon after there is something to take, or the end."""
+        self.streams.listen(listener)
 
-        Raises ApiError where the engine fails, or the request was given up for a reason.
+    def take(self) -> list[ChoiceText] | None:
+        """Take in what came: the choices that got further; None when all have ended.
+
+        Raises ApiError where the engine failed, or the request was given up for a reason.
         """
-        try:
-            arrivals = await self.streams.arrivals() if self._num_unfinished else []
-        except EngineError as error:
-            raise from_engine(error) from error
+        arrivals = self.streams.take() if self._num_unfinished else []
         if not arrivals:
-            if self.given_up is not None and self.given_up[1] is not None:
-                raise self.given_up[1]
-            return None
+            return [] if self._goes_on() else None
         now = time.monotonic()
         touched: dict[ChoiceText, None] = {}  # an ordered set
         for place, outputs in arrivals:
@@ -79,6 +78,30 @@ class Generation:
                 if output.prompt_logprobs:  # the others may have waited for them
                     touched.update(dict.fromkeys(run.choices))
         return list(touched)
+
+    def _goes_on(self) -> bool:
+        """Whether something is still to come, where nothing has."""
+        if self._num_unfinished:
+            error = self.streams.error
+            if error is not None:
+                raise from_engine(error) from error
+            if not self.streams.are_finished:
+                return True
+        if self.given_up is not None and self.given_up[1] is not None:
+            raise self.given_up[1]
+        return False
+
+    async def finish(self) -> None:
+        """Take in all that comes, up to the end. Raises ApiError as `take` does."""
+        while (choices := self.take()) is not None:
+            if not choices:
+                await self._wait()
+
+    async def _wait(self) -> None:
+        """Wait until there is something to take, or the end."""
+        called: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.listen(lambda: None if called.done() else called.set_result(None))
+        await called
 
     def close(self) -> None:
         """Let go of what still runs; does nothing once all has ended."""

@@ -1,6 +1,8 @@
-"""The engine's streams of one request, a prompt each, waited for as one; knows no text."""
+"""The engine's streams of one request, a prompt each, listened to as one; knows no text."""
 
 import asyncio
+import functools
+from collections.abc import Callable
 
 from engine.errors import EngineError
 from engine.messages import TokenOutput
@@ -14,61 +16,52 @@ class PromptStreams:
 
     def __init__(self) -> None:
         self._streams: list[TokenStream] = []
-        # Of several streams, all outputs go through one queue; of one, that would cost time.
-        self._queue: asyncio.Queue[tuple[int, Outputs] | EngineError | None] = asyncio.Queue()
-        self._forwarders: list[asyncio.Task[None]] = []
-        self._num_open = 0  # forwarders that have not come to their stream's end
+        self._stirred: list[int] = []  # places of which something came, or the end
+        self._listener: Callable[[], None] | None = None
 
     def add(self, stream: TokenStream) -> None:
-        """Take over the next prompt's stream; nobody may wait yet."""
+        """Take over the next prompt's stream."""
+        stream.listen(functools.partial(self._note, len(self._streams)))
         self._streams.append(stream)
 
-    async def arrivals(self) -> list[tuple[int, Outputs]]:
-        """All that came since the last time, with the prompt's place; nothing at the end of all.
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Have someone called soon after something came of any prompt; the last one counts."""
+        self._listener = listener
+        if self._stirred:
+            asyncio.get_running_loop().call_soon(listener)
 
-        Raises EngineError where the engine gives up.
-        """
+    def _note(self, place: int) -> None:
+        self._stirred.append(place)
+        if self._listener is None or len(self._stirred) > 1:
+            return  # nobody wants to know, or somebody knows
         if len(self._streams) == 1:
-            outputs = await self._streams[0].arrivals()
-            return [(0, outputs)] if outputs else []
-        if not self._forwarders:
-            self._forwarders = [
-                asyncio.create_task(self._forward(place, stream))
-                for place, stream in enumerate(self._streams)
-            ]
-            self._num_open = len(self._forwarders)
-        arrivals: list[tuple[int, Outputs]] = []
-        while self._num_open and not arrivals:
-            items = [await self._queue.get()]
-            while not self._queue.empty():
-                items.append(self._queue.get_nowait())
-            for item in items:
-                if isinstance(item, EngineError):
-                    raise item
-                if item is None:
-                    self._num_open -= 1
-                else:
-                    arrivals.append(item)
-        return arrivals
+            self._listener()
+        else:  # what the others bring can leave together with this
+            asyncio.get_running_loop().call_soon(self._listener)
 
-    async def _forward(self, place: int, stream: TokenStream) -> None:
-        """Bring one prompt's outputs to where those of all prompts are waited for."""
-        try:
-            while outputs := await stream.arrivals():
-                self._queue.put_nowait((place, outputs))
-        except EngineError as error:
-            self._queue.put_nowait(error)
-        self._queue.put_nowait(None)
+    def take(self) -> list[tuple[int, Outputs]]:
+        """All that came since the last time, with the prompt's place, without waiting."""
+        arrivals = [(place, self._streams[place].take_ready()) for place in self._stirred]
+        self._stirred.clear()
+        return [arrival for arrival in arrivals if arrival[1]]
+
+    @property
+    def error(self) -> EngineError | None:
+        """Why the engine gave up, if it did."""
+        return next((stream.error for stream in self._streams if stream.error is not None), None)
+
+    @property
+    def are_finished(self) -> bool:
+        """Whether nothing comes any more behind what can be taken."""
+        return all(stream.is_finished for stream in self._streams)
 
     def give_up(self) -> None:
-        """Close every stream; whoever waits comes to the end, behind what had arrived."""
+        """Close every stream; who listens is called, and finds the end behind what had come."""
         for stream in self._streams:
             stream.close()
 
     def close(self) -> int:
         """Let go of all that still runs; how many tokens had come and were not taken."""
-        for task in self._forwarders:
-            task.cancel()
         num_tokens = 0
         for stream in self._streams:
             for _, output in stream.take_ready():

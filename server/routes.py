@@ -274,8 +274,7 @@ async def finish_completion(service: Service, generation: Generation, request: R
     """Wait for a whole completion, unless its client leaves; raises ApiError."""
     watcher = asyncio.create_task(watch_client(request.receive, generation))
     try:
-        while await generation.advance() is not None:
-            pass
+        await generation.finish()
     finally:
         watcher.cancel()
         generation.close()

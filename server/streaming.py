@@ -134,7 +134,11 @@ async def watch_client(receive: Receive, generation: Generation) -> None:
 
 
 class EventStream(Response):
-    """The reply that streams a generation, and always lets go of it."""
+    """The reply that streams a generation, and always lets go of it.
+
+    No coroutine waits for tokens: the generation calls `_go_on`, which writes to the connection. A
+    token a stream and step are the most frequent thing that the server does.
+    """
 
     def __init__(
         self,
@@ -150,7 +154,12 @@ class EventStream(Response):
         self._fingerprint = fingerprint
         self._running = running
         self._streams = streams
+        self._frames: Frames | None = None  # from the first token on
         self._send: Send | None = None
+        self._sending: asyncio.Task[None] | None = None
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # What our own connections offer, see `server.listener`; others do without.
+        self._write: Callable[[bytes], bool] = lambda data: False
         self._abort_connection: Callable[[], None] = lambda: None
         self.sending_since = 0.0  # 0: nothing is on its way
         self.last_sent_at = 0.0
@@ -159,6 +168,7 @@ class EventStream(Response):
         """Answer as ASGI wants it."""
         self._send = send
         connection = scope.get("extensions", {}).get("kvik.connection", {})
+        self._write = connection.get("write", self._write)
         self._abort_connection = connection.get("abort", self._abort_connection)
         error: ApiError | None = None
         try:
@@ -169,11 +179,15 @@ class EventStream(Response):
                     headers = [*_HEADERS, *self._headers_besides()]
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                     self.last_sent_at = time.monotonic()
-                    # In a task of its own: every token would wake up the twenty coroutines of
-                    # the framework that wait below this one.
-                    await asyncio.create_task(self._run())
+                    self.generation.listen(self._go_on)
+                    await self._ended
+                    if self.generation.given_up is None:
+                        assert self._frames is not None, "every choice ends with an output"
+                        await self._send_body(self._frames.tail())
                 finally:
                     watcher.cancel()
+                    if self._sending is not None:
+                        self._sending.cancel()
                     self._streams.discard(self)
                     self.generation.close()
         except ApiError as raised:
@@ -190,16 +204,43 @@ class EventStream(Response):
         ours = {name for name, _ in _HEADERS} | {b"content-length"}
         return [(name, value) for name, value in self.raw_headers if name not in ours]
 
-    async def _run(self) -> None:
-        frames: Frames | None = None
-        while (choices := await self.generation.advance()) is not None:
-            frames = frames or Frames(self.generation, self._fingerprint())
-            data = frames.chunks(choices)
-            if data:
-                await self._send_body(data)
-        if self.generation.given_up is None:
-            assert frames is not None, "every choice ends with an output"
-            await self._send_body(frames.tail())
+    def _go_on(self) -> None:
+        """Send what came, and notice the end."""
+        try:
+            while not (self.sending_since or self._ended.done()):
+                choices = self.generation.take()
+                if choices is None:
+                    self._ended.set_result(None)
+                elif not choices:
+                    return
+                else:
+                    self._put(self._chunks(choices))
+        except Exception as error:
+            self._ended.set_exception(error)
+
+    def _chunks(self, choices: list[ChoiceText]) -> bytes:
+        if self._frames is None:
+            self._frames = Frames(self.generation, self._fingerprint())
+        return self._frames.chunks(choices)
+
+    def _put(self, data: bytes) -> None:
+        """Write to the connection, or wait in a task until it takes more."""
+        if not data:
+            return
+        if self._write(data):
+            self.last_sent_at = time.monotonic()
+        else:
+            self.sending_since = time.monotonic()
+            self._sending = asyncio.create_task(self._send_and_go_on(data))
+
+    async def _send_and_go_on(self, data: bytes) -> None:
+        """Send, however long it takes, and then what came meanwhile."""
+        try:
+            await self._send_body(data)
+        except Exception as error:
+            if not self._ended.done():
+                self._ended.set_exception(error)
+        self._go_on()
 
     async def _send_body(self, data: bytes) -> None:
         assert self._send is not None
@@ -211,7 +252,7 @@ class EventStream(Response):
     async def ping(self) -> None:
         """Show a client, and the proxies on the way, that a silent stream lives."""
         if not self.sending_since and self.last_sent_at:
-            await self._send_body(_PING)
+            await self._send_and_go_on(_PING)
 
     def drop(self) -> None:
         """Give up a client that takes nothing, and its connection with it."""

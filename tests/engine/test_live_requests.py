@@ -128,7 +128,7 @@ def test_only_who_kills_twice_alone_is_failed() -> None:
     assert found == [False, False, True]
     assert record.given() == ["other"]
     with pytest.raises(EngineDied, match="of its own"):
-        asyncio.run(record.streams["a"].arrivals())
+        asyncio.run(anext(record.streams["a"]))
 
 
 def test_what_comes_for_a_request_that_was_given_up_is_dropped_and_counted() -> None:
@@ -166,4 +166,4 @@ def test_what_does_not_fit_the_model_is_refused_once_it_is_known() -> None:
 
     assert len(live) == 1
     with pytest.raises(TokenOutOfRange):
-        asyncio.run(streams[1].arrivals())
+        asyncio.run(anext(streams[1]))

@@ -23,39 +23,64 @@ def token(token_id: int) -> TokenOutput:
     return TokenOutput(seq_id=0, token_id=token_id)
 
 
-def ids(arrivals: list[tuple[int, TokenOutput]]) -> list[int | None]:
-    return [output.token_id for _, output in arrivals]
+class Listener:
+    """Takes all there is whenever it is called."""
+
+    def __init__(self, stream: TokenStream) -> None:
+        self.taken: list[list[int | None]] = []
+        self._stream = stream
+        stream.listen(self._take)
+
+    def _take(self) -> None:
+        self.taken.append([output.token_id for _, output in self._stream.take_ready()])
 
 
 @in_a_loop
-async def test_what_came_together_is_taken_together_and_nothing_means_the_end() -> None:
+async def test_what_comes_together_is_one_call_and_so_is_the_end() -> None:
     stream = TokenStream(lambda: None)
+    listener = Listener(stream)
+    await asyncio.sleep(0)
     stream.put(0, token(1))
     stream.put(1, token(2))
-    first = await stream.arrivals()
+    before = list(listener.taken)
+    await asyncio.sleep(0)
     stream.put(0, token(3))
     stream.finish()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
 
-    assert [choice for choice, _ in first] == [0, 1]
-    assert ids(first) == [1, 2]
-    assert ids(await stream.arrivals()) == [3]
-    assert await stream.arrivals() == []
-    assert await stream.arrivals() == []
+    assert before == []  # never within `put`
+    assert listener.taken == [[1, 2], [3]]
+    assert stream.is_finished
+
+
+@in_a_loop
+async def test_who_listens_late_is_called_for_what_is_there() -> None:
+    with_tokens, finished, empty = (TokenStream(lambda: None) for _ in range(3))
+    with_tokens.put(0, token(1))
+    finished.finish()
+    listeners = [Listener(stream) for stream in (with_tokens, finished, empty)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+    assert [listener.taken for listener in listeners] == [[[1]], [[]], []]
 
 
 @in_a_loop
 async def test_a_reader_that_waits_is_woken_by_tokens_and_by_the_end() -> None:
     stream = TokenStream(lambda: None)
-    waiting = asyncio.create_task(stream.arrivals())
-    await asyncio.sleep(0)
-    stream.put(0, token(1))
-    first = await waiting
-    waiting = asyncio.create_task(stream.arrivals())
-    await asyncio.sleep(0)
+
+    async def read() -> list[int | None]:
+        return [output.token_id async for _, output in stream]
+
+    reading = asyncio.create_task(read())
+    for number in range(3):
+        await asyncio.sleep(0)
+        stream.put(0, token(number))
+    await asyncio.sleep(0.01)
     stream.finish()
 
-    assert ids(first) == [1]
-    assert await waiting == []
+    assert await reading == [0, 1, 2]
 
 
 @in_a_loop
@@ -63,10 +88,10 @@ async def test_a_reader_that_gives_up_waiting_loses_nothing() -> None:
     stream = TokenStream(lambda: None)
     for number in range(3):
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(stream.arrivals(), 0.01)
+            await asyncio.wait_for(anext(stream), 0.01)
         stream.put(0, token(number))
 
-        assert ids(await stream.arrivals()) == [number]
+        assert (await anext(stream))[1].token_id == number
 
 
 @in_a_loop
@@ -75,9 +100,9 @@ async def test_a_failure_comes_behind_what_was_delivered() -> None:
     stream.put(0, token(1))
     stream.finish(EngineStopped())
 
-    assert ids(await stream.arrivals()) == [1]
+    assert (await anext(stream))[1].token_id == 1
     with pytest.raises(EngineStopped):
-        await stream.arrivals()
+        await anext(stream)
 
 
 @in_a_loop

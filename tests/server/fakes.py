@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine.client import EngineState
+from engine.errors import EngineError
 from engine.messages import Ready, TokenOutput, TopLogprobs
 from engine.sampling_params import SamplingParams
 from engine.token_stream import TokenStream
@@ -68,7 +69,7 @@ class FakeEngine:
         self.submitted: list[Submitted] = []
         self.running = asyncio.Event()
         self.running.set()
-        self.failure: Exception | None = None  # ends a stream after its first token
+        self.failure: EngineError | None = None  # ends a stream after its first token
         self.bad_choice: int | None = None  # which fails
         self.bad_code = "non_finite_logits"  # and how
         self.tokens_together = 1  # steps whose tokens arrive at once

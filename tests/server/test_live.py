@@ -1,13 +1,15 @@
 """Against a live server that nobody disturbs: what it says, what comes, and when."""
 
+import json
 import random
 import subprocess
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.server.live import LiveServer
+from tests.server.live import LiveServer, connect, raw_request, request, until
 
 
 def test_it_says_what_it_loaded_and_how_to_ask(server: LiveServer) -> None:
@@ -66,6 +68,28 @@ def test_streamed_and_whole_are_the_same(server: LiveServer, body: dict[str, Any
             for key, values in choice["logprobs"].items():
                 assert [v for piece in pieces for v in piece["logprobs"][key]] == values
     assert chunks[-1]["system_fingerprint"] == whole["system_fingerprint"]
+
+
+def test_a_reader_that_lags_behind_gets_all_of_it_in_order(server: LiveServer) -> None:
+    body = request(max_tokens=400, n=48, logprobs=5, seed=3, prompt="x")
+    with connect(server.url, receive_buffer=4096) as connection:
+        connection.sendall(raw_request({**body, "stream": True}))
+        # More comes than the buffers of both sides hold, and nothing comes any more to wake it.
+        until(lambda: server.metric("kvik_num_requests_running") > 0)
+        until(lambda: server.metric("kvik_num_requests_running") == 0)
+        is_held_up = server.metric("kvik_requests_in_flight") == 1
+        with HTTPResponse(connection) as reply:
+            reply.begin()
+            lines = reply.read().decode().split("\n\n")
+    texts = dict.fromkeys(range(48), "")
+    for line in lines[:-2]:
+        for choice in json.loads(line.removeprefix("data: "))["choices"]:
+            texts[choice["index"]] += choice["text"]
+
+    assert lines[-2:] == ["data: [DONE]", ""]
+    assert is_held_up
+    whole = server.complete(**body)["choices"]
+    assert [texts[choice["index"]] for choice in whole] == [choice["text"] for choice in whole]
 
 
 def test_a_batch_equals_its_prompts_alone(server: LiveServer) -> None:
