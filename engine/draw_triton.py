@@ -185,7 +185,7 @@ def _filter_kernel(
                 mass = _weigh_before(
                     logits, listed, num_listed, num_ids, highest, scale, logit, winner, TILE
                 )
-                # The first token has none before it, and is kept whatever the goal.
+                # With none before it a token is kept, whatever the goal.
                 if (mass >= 0.5) & (goal < 0):
                     # Of the first `top_k`, as long as their end is the end.
                     bar = tl.maximum(light, end_logit)
@@ -193,7 +193,7 @@ def _filter_kernel(
                     total = _weigh_before(
                         logits, listed, num_listed, num_ids, highest, scale, end_logit, end_id, TILE
                     )
-                    goal = tl.maximum(top_p * total, 0.5)
+                    goal = top_p * total
                 is_kept = ((mass >= 0.5) & (mass >= goal)) == 0
             end_logit = logit
             end_id = winner

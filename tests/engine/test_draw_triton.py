@@ -171,6 +171,8 @@ def test_of_equals_top_k_keeps_the_lowest_ids(top_k: int) -> None:
 def test_top_p_is_decided_to_the_last_unit_of_mass(shape: str) -> None:
     num_rows, vocab_size = 8, 1500
     logits = make_logits(shape, num_rows, vocab_size, seed=4)
+    # Far too little to be drawn, but not nothing.
+    logits[:, 1300:] = logits.amax(-1, keepdim=True) - 22 * 0.8
     heat, keys = temperatures(0.8, num_rows=num_rows), random_keys(num_rows, seed=5)
     unfiltered = definition.draw(logits, heat, keys)
     # What comes before the winner, as a share of all: the least that top_p must not be.
@@ -188,14 +190,15 @@ def test_top_p_is_decided_to_the_last_unit_of_mass(shape: str) -> None:
         assert bool(((found == unfiltered) == is_kept)[before > 0].all())
 
 
-def test_min_p_keeps_what_lies_on_its_floor() -> None:
+@pytest.mark.parametrize("min_p", [0.5, 0.01])
+def test_min_p_keeps_what_lies_on_its_floor(min_p: float) -> None:
     num_rows = 8
-    # The probability of all but the first is a half of its own, to the bit, or just below that.
-    logits = torch.full((num_rows, 600), math.log(0.5), device=DEVICE)
+    # All but the first have this share of its probability, to the bit, or just less.
+    logits = torch.full((num_rows, 600), math.log(min_p), device=DEVICE)
     logits[1::2, 1:] = torch.nextafter(logits[1, 1:], torch.tensor(-math.inf, device=DEVICE))
     logits[:, 0] = 0.0
     heat, keys = temperatures(1.0, num_rows=num_rows), random_keys(num_rows, seed=3)
-    filters = make_filters(min_p=[0.5], num_rows=num_rows, vocab_size=600)
+    filters = make_filters(min_p=[min_p], num_rows=num_rows, vocab_size=600)
 
     found = draw(logits, heat, keys, filters)
 
@@ -241,7 +244,7 @@ def test_a_row_without_a_finite_best_gets_some_id_and_leaves_the_others_alone(
 def test_rows_that_pad_a_batch_end() -> None:
     logits = make_logits("smooth", 2, 300, seed=1)
     keys = NoiseKeys(*torch.zeros(3, 2, dtype=torch.int64, device=DEVICE).unbind())
-    filters = make_filters([0], [0.0], [0.0], num_rows=2, vocab_size=300)
+    filters = make_filters([0], [0.0, 1.0], [0.0], num_rows=2, vocab_size=300)
 
     found = draw(logits, temperatures(COLDEST, num_rows=2), keys, filters)
 
