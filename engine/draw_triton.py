@@ -72,23 +72,32 @@ def draw(
 
 
 @triton.jit
-def _noise(seed, choice, position, token, IDS: tl.constexpr):
-    """Compute the noise (IDS,) of token ids from their 23 bits in `NoiseKeys`; float64."""
+def _words(w0, w1, w2, w3, NUM: tl.constexpr):
+    """Put the words (NUM,) of counters side by side: (NUM, 4)."""
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (NUM, 4))
+
+
+@triton.jit
+def _noise(seed, choice, position, group, GROUPS: tl.constexpr):
+    """Compute the noise of all ids of some groups (GROUPS,) of 16, in order; float64.
+
+    The 23 bits of an id lie as `NoiseKeys` says. A group has one counter for its top bytes and two
+    for its low bits; computed id by id, they would cost more than the rest of a draw.
+    """
     choice = choice.to(tl.uint32)
     position = position.to(tl.uint32)
-    none = tl.zeros((IDS,), tl.uint32)
-    w0, w1, w2, w3 = tl.philox(
-        seed, (token // 16).to(tl.uint32), none + position, none + choice, none
-    )
-    word = (token % 16) // 4
-    bits = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
-    top = (bits >> ((token % 4) * 8).to(tl.uint32)) & 0xFF
-    w0, w1, w2, w3 = tl.philox(
-        seed, (token // 8).to(tl.uint32), none + position, none + choice, none + 1
-    )
-    word = (token % 8) // 2
-    bits = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
-    low = ((bits >> ((token % 2) * 16).to(tl.uint32)) & 0xFFFF) >> 1
+    none = tl.zeros((GROUPS,), tl.uint32)
+    group = group.to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, group, none + position, none + choice, none)
+    words = _words(w0, w1, w2, w3, GROUPS)
+    shift = (8 * tl.arange(0, 4)).to(tl.uint32)
+    top = tl.reshape((words[:, :, None] >> shift[None, None, :]) & 0xFF, (GROUPS * 16,))
+    half = tl.reshape(tl.join(2 * group, 2 * group + 1), (2 * GROUPS,))
+    none = tl.zeros((2 * GROUPS,), tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, half, none + position, none + choice, none + 1)
+    words = _words(w0, w1, w2, w3, 2 * GROUPS)
+    shift = (16 * tl.arange(0, 2) + 1).to(tl.uint32)
+    low = tl.reshape((words[:, :, None] >> shift[None, None, :]) & 0x7FFF, (GROUPS * 16,))
     k = ((top << 15) | low).to(tl.float64)
     noise = -tl.log(-tl.log((k + 0.5) * 1.1920928955078125e-07))  # 2^-23
     return noise.to(tl.float32).to(tl.float64)
@@ -114,7 +123,8 @@ def _draw_kernel(
     token_of_highest = part * IDS
     if highest > _NO_CHANCE:
         seed, choice = tl.load(seeds + row), tl.load(choices + row)
-        x += _noise(seed, choice, tl.load(positions + row), token, IDS)
+        group = part * (IDS // 16) + tl.arange(0, IDS // 16)
+        x += _noise(seed, choice, tl.load(positions + row), group, IDS // 16)
         highest = tl.max(x, 0)
         token_of_highest = tl.min(tl.where(x == highest, token, num_ids - 1), 0)
     tl.store(peaks + at, highest)
@@ -253,7 +263,10 @@ def _draw_before(
         x = (logit.to(tl.float64) - highest.to(tl.float64)) / temperature
         x = tl.where(is_candidate, x, float("-inf"))
         if tl.max(x, 0) + _MAX_NOISE > score:
-            x += _noise(seed, choice, position, token, IDS)
+            place = first + 16 * tl.arange(0, IDS // 16)
+            chunk = tl.load(listed + place // _CHUNK, mask=place < num_listed * _CHUNK, other=0)
+            group = (chunk * _CHUNK + place % _CHUNK) // 16
+            x += _noise(seed, choice, position, group, IDS // 16)
             peak = tl.max(x, 0)
             if peak > score:
                 score = peak
