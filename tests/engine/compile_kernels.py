@@ -113,7 +113,7 @@ def main() -> None:
     draw = {"IDS": 1024}
     compile_kernel(_draw_kernel, "fp32", draw, num_warps=4, enable_fp_fusion=False)
     filters = {**draw, "CHUNKS": 1024, "TILE": 4096}
-    compile_kernel(_filter_kernel, "fp32", filters, num_warps=8, enable_fp_fusion=False)
+    compile_kernel(_filter_kernel, "fp32", filters, num_warps=16, enable_fp_fusion=False)
     for all_rows in (True, False):
         for in_turn in (True, False):
             decode = {**_HEADS, "PART": PART_TOKENS, "ALL_ROWS": all_rows, "IN_TURN": in_turn}
