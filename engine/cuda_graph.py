@@ -5,7 +5,6 @@ it ready for the next one: the token it draws is the next one's input. The host 
 Knows no queue and no requests beyond their sampling parameters.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import BatchBuilder, ModelInput
-from engine.draw import Filters, draw, kept_tokens, lowest_argmax
+from engine.draw import Draw, Filters, draw, lowest_argmax
 from engine.kv_cache import KVCache
 from engine.random_stream import NoiseKeys
 from engine.sampling_params import COLDEST, SamplingParams
@@ -26,7 +25,6 @@ from model.gpt import GPT
 
 AttentionFactory = Callable[[GPTConfig, KVCache, ModelInput], Attend]
 Head = Callable[[Tensor], Tensor]
-Draw = Callable[[Tensor, Tensor, NoiseKeys], Tensor]
 DecodeStepFactory = Callable[..., "DecodeStep"]  # the class, or one that only pretends
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
@@ -73,7 +71,7 @@ class DecodeStep:
         vocab_size: int,
         draw: Draw = draw,
     ) -> None:
-        """Allocate the slots. `draw` is the device's own, equal to the default without filters."""
+        """Allocate the slots. `draw` is the device's own, equal to the default."""
         self._model, self._head, self._draw = model, head, draw
         self.cache, self._attention = cache, attention
         self.vocab_size = vocab_size
@@ -153,6 +151,7 @@ class DecodeStep:
             temperature, top_p, min_p = self._shares.index_select(1, slots).unbind()
             is_greedy = temperature == 0
             temperature = temperature.clamp(min=COLDEST)
+            filters = None
             if sampling == Sampling.FILTERED:
                 filters = Filters(
                     top_k,
@@ -161,11 +160,9 @@ class DecodeStep:
                     torch.ones_like(top_p),
                     has_typical_p=False,
                 )
-                kept = kept_tokens(logits, temperature, filters)
-                logits = logits.masked_fill(~kept, -math.inf)
             # The token to be drawn stands behind the one just computed.
             keys = NoiseKeys(seeds, choices, positions + 1)
-            drawn = drawn.where(is_greedy, self._draw(logits, temperature, keys))
+            drawn = drawn.where(is_greedy, self._draw(logits, temperature, keys, filters))
         is_finite = best.isfinite()
         self._advance(slots, drawn.masked_fill(~is_finite, 0), positions)
         return drawn.masked_fill(~is_finite, NOT_FINITE)

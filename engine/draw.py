@@ -1,7 +1,8 @@
 """Choose one token a row from edited logits: the definition of the filters and of the draw.
 
-A few operations on whole rows, with static shapes and no host reads: this is what a GPU runs, and
-what `engine.sampler_cpu`, the same draw for a CPU, is tested against. It knows no requests.
+A few operations on whole rows, with static shapes and no host reads, for any device; what
+`engine.draw_triton` and `engine.sampler_cpu`, the same draw for a GPU and for a CPU, are tested
+against. It knows no requests.
 
 x = (logit - highest logit) / temperature; tokens are ordered by logit, highest first, the lower id
 first among equals. Filters keep, one after another: the first `top_k`; of these the shortest
@@ -17,6 +18,7 @@ every device rounds alike.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +44,9 @@ class Filters:
     min_p: Tensor  # 0 is off
     typical_p: Tensor  # 1 is off
     has_typical_p: bool  # known on the host, as it decides which operations run
+
+
+Draw = Callable[[Tensor, Tensor, NoiseKeys, Filters | None], Tensor]  # `draw`, or its equal
 
 
 def draw(

@@ -18,10 +18,10 @@ from engine.cuda_graph import (
     DecodeLoop,
     DecodeStep,
     DecodeStepFactory,
-    Draw,
     Sampling,
     sampling_of,
 )
+from engine.draw import Draw
 from engine.draw import draw as draw_by_definition
 from engine.kv_cache import KVCache
 from engine.messages import TopLogprobs
@@ -114,14 +114,14 @@ class ModelRunner:
         self._eos_token_ids = eos_token_ids
         self._n_ctx, self._vocab_size = model.config.n_ctx, vocab_size
         self._on_cuda, self._on_cpu = on_cuda, model.wte.weight.device.type == "cpu"
+        self._draw_tokens: Draw = draw_by_definition
+        if use_triton:
+            from engine.draw_triton import draw as draw_by_kernel
+
+            self._draw_tokens = draw_by_kernel
         self._decode_loop: DecodeLoop | None = None
         if decode_step is not None:
             assert isinstance(network, ModularNetwork)
-            draw: Draw = draw_by_definition
-            if use_triton:
-                from engine.draw_triton import draw as draw_by_kernel
-
-                draw = draw_by_kernel
             step = decode_step(
                 model,
                 network.head,
@@ -129,7 +129,7 @@ class ModelRunner:
                 network.attention,
                 max_num_sequences=max_num_sequences,
                 vocab_size=vocab_size,
-                draw=draw,
+                draw=self._draw_tokens,
             )
             self._decode_loop = DecodeLoop(step, builder, max_num_sequences=max_num_sequences)
         self._sampling_rows: dict[int, SamplingRow] = {}  # by sequence
@@ -257,7 +257,7 @@ class ModelRunner:
         options: Options | None = None,
     ) -> StepResult:
         """Choose a token for each of the rows that have caught up, from their logits (R, V)."""
-        sampled = sample(logits, rows, options)
+        sampled = sample(logits, rows, options, draw=self._draw_tokens)
         result = StepResult(draws=sampled.token_ids.tolist())
         result.note_failures(batch, sampled.is_finite.tolist())
         for place, (logprob, token_ids, logprobs) in sampled.logprobs_by_row().items():

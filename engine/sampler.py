@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.draw import Filters, draw, lowest_argmax
+from engine.draw import Draw, Filters, draw, lowest_argmax
 from engine.random_stream import NoiseKeys
 from engine.sampler_cpu import MOST_ALTERNATIVES, Options, score
 from engine.sampler_cpu import choose as choose_on_cpu
@@ -71,14 +71,19 @@ def bare_options(rows: Sequence[SamplingRow]) -> Options | None:
 
 
 def sample(
-    logits: Tensor, rows: Sequence[SamplingRow], options: Options | None = None
+    logits: Tensor,
+    rows: Sequence[SamplingRow],
+    options: Options | None = None,
+    *,
+    draw: Draw = draw,
 ) -> SampledTokens:
     """Choose a token for each row from its logits (R, V) float32, which are left as they are.
 
     V is the number of ids the tokenizer knows: of a padded vocabulary pass `logits[:, :V]`, and no
     padding is ever drawn or counted. Unless some row has logprobs or penalties to be computed,
     nothing is read back to the host on a device other than a CPU. `options` are what
-    `bare_options` made of the rows, if it was asked, for logits on a CPU.
+    `bare_options` made of the rows, if it was asked, for logits on a CPU; `draw` is another
+    device's own, equal to the default.
     """
     if options is None and logits.device.type == "cpu":
         options = bare_options(rows)
@@ -89,16 +94,16 @@ def sample(
         0.0 if row.params.is_greedy else max(row.params.temperature, COLDEST) for row in rows
     ]
     if not edited:
-        token_ids, is_finite = _choose(logits, rows, temperatures)
+        token_ids, is_finite = _choose(logits, rows, temperatures, draw)
     else:
         # Whether a row is finite, its own logits say: of those to be edited nothing else is asked.
         unedited = [0.0 if row.is_edited else t for row, t in zip(rows, temperatures, strict=True)]
-        token_ids, is_finite = _choose(logits, rows, unedited)
+        token_ids, is_finite = _choose(logits, rows, unedited, draw)
         index = _index(edited, logits.device)
         changed = logits[index]
         some = [rows[place] for place in edited]
         _edit(changed, some)
-        chosen, _ = _choose(changed, some, [temperatures[place] for place in edited])
+        chosen, _ = _choose(changed, some, [temperatures[place] for place in edited], draw)
         token_ids[index] = chosen
         token_ids.masked_fill_(~is_finite, 0)
 
@@ -134,7 +139,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> TokenLogp
 
 
 def _choose(
-    logits: Tensor, rows: Sequence[SamplingRow], temperatures: list[float]
+    logits: Tensor, rows: Sequence[SamplingRow], temperatures: list[float], draw: Draw
 ) -> tuple[Tensor, Tensor]:
     """Choose a token a row (R,) from logits (R, V) as they are; tell which rows are finite (R,).
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.gpu import checks, peers, serving, times
+from benchmarks.gpu import checks, draws, peers, serving, times
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.workbench import Workbench
 
@@ -28,6 +28,7 @@ PARTS: tuple[tuple[str, Part, float], ...] = (
     ("Kernels against float32 on the CPU", checks.check_kernels, 60),
     ("Same bytes", checks.check_bytes, 60),
     ("The engine against float32 on the CPU", checks.check_engine, 60),
+    ("Draws against their definition", draws.check_draws, 30),
     ("Several rounds a step", checks.check_rounds, 40),
     ("Decoding, the engine alone", times.time_decode, 60),
     ("First token", times.time_first_token, 20),
@@ -37,6 +38,7 @@ PARTS: tuple[tuple[str, Part, float], ...] = (
     ("What can be chosen, and what it costs", times.time_variants, 60),
     ("Products: fixed tiles against cuBLAS", times.time_products, 30),
     ("Attention", times.time_attention, 30),
+    ("Draws", draws.time_draws, 30),
     ("Against a loop without cache", peers.time_loop, 20),
     ("Against transformers, static cache", peers.time_static, 100),
     ("Other tiles", times.time_tiles, 90),

@@ -25,6 +25,7 @@ GOALS = {
     "kernels": Goal("every kernel equals float32 on the CPU", 1, "yes = 1"),
     "bytes": Goal("same bytes in any batch", 1, "yes = 1"),
     "engine": Goal("the engine draws what float32 on the CPU draws", 1, "yes = 1"),
+    "draws": Goal("the draw equals its definition", 1, "yes = 1"),
     "graphs": Goal("graphs draw what plain calls draw", 1, "yes = 1"),
     "rounds": Goal("several rounds a step draw what single ones draw", 1, "yes = 1"),
     "1": Goal("1 sequence", 3_500, "tokens/s"),
@@ -33,13 +34,14 @@ GOALS = {
     "ttft": Goal("first token of a 1,024-token prompt", 5, "ms", is_at_least=False),
     "ready": Goal("start to ready, kernels compiled before", 10, "s", is_at_least=False),
     "layer": Goal("kernels a layer in a decode step", 7, "", is_at_least=False),
+    "draw": Goal("a draw with top_k and top_p for 256 rows", 0.5, "ms", is_at_least=False),
     "cost": Goal("what the same bytes cost a step of 64", 10, "%", is_at_least=False),
     "host": Goal("the host's own time a step of 256", 1, "ms", is_at_least=False),
     "peer": Goal("1 sequence, against transformers", 2, "times"),
     "http": Goal("256 streams over HTTP", 50_000, "tokens/s"),
 }
 
-_CHECKS = ("kernels", "bytes", "engine", "graphs", "rounds")  # the rest are times
+_CHECKS = ("kernels", "bytes", "engine", "draws", "graphs", "rounds")  # the rest are times
 
 
 @dataclass(slots=True)

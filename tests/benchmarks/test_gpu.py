@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="triton comes with torch on CUDA and with t
 
 from benchmarks.gpu.__main__ import PARTS, run
 from benchmarks.gpu.checks import check_kernels, check_rounds
+from benchmarks.gpu.draws import check_draws, time_draws
 from benchmarks.gpu.report import GOALS, Goal, Report
 from benchmarks.gpu.workbench import Workbench
 
@@ -51,6 +52,24 @@ def test_kernels_are_compared_and_found_right() -> None:
 
     assert report.values["kernels"] == 1.0
     assert report.parts[0].count("| pass |") == 27
+
+
+def test_draws_are_compared_and_found_right() -> None:
+    report = Report(has_times=False)
+
+    check_draws(Workbench(device=DEVICE, is_smoke=True), report)
+
+    assert report.values["draws"] == 1.0
+    assert report.parts[0].count("| pass |") == 24
+
+
+def test_draws_are_timed_beside_their_definition() -> None:
+    report = Report(has_times=False)
+
+    time_draws(Workbench(device=DEVICE, is_smoke=True), report)
+
+    assert report.values["draw"] > 0
+    assert len(report.parts) == 4
 
 
 def test_several_rounds_are_compared_with_single_ones() -> None:

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from engine.attention_triton import PART_TOKENS, _decode_kernel, _prefill_kernel, _write_kernel
 from engine.block_triton import _layer_norm_kernel
-from engine.draw_triton import _draw_kernel
+from engine.draw_triton import _draw_kernel, _filter_kernel
 from engine.linear_triton import _linear_kernel, tile_of
 
 _INDICES = {"positions": "*i64", "row_sequences": "*i64", "tables": "*i32", "tiles": "*i32"}
@@ -31,6 +31,12 @@ _DRAW = {
     "choices": "*i64",
     "peaks": "*fp64",
     "ids": "*i64",
+    "listed": "*i32",
+    "top_ks": "*i64",
+    "top_ps": "*fp64",
+    "min_ps": "*fp64",
+    "winners": "*i64",
+    "num_chunks": "i32",
 }
 _HOPPER_SHARED_BYTES = 232_448
 _SMALL_SHARED_BYTES = 101_376  # a GeForce's
@@ -104,7 +110,10 @@ def main() -> None:
     compile_kernel(_write_kernel, "bf16", write)
     compile_kernel(_write_kernel, "bf16", write, cache="fp8e4nv")
     compile_kernel(_layer_norm_kernel, "bf16", norm)
-    compile_kernel(_draw_kernel, "fp32", {"IDS": 1024, "NO_CHANCE": -19.5}, num_warps=4)
+    draw = {"IDS": 1024}
+    compile_kernel(_draw_kernel, "fp32", draw, num_warps=4, enable_fp_fusion=False)
+    filters = {**draw, "CHUNKS": 1024, "TILE": 4096}
+    compile_kernel(_filter_kernel, "fp32", filters, num_warps=16, enable_fp_fusion=False)
     for all_rows in (True, False):
         for in_turn in (True, False):
             decode = {**_HEADS, "PART": PART_TOKENS, "ALL_ROWS": all_rows, "IN_TURN": in_turn}

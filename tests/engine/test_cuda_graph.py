@@ -543,6 +543,7 @@ def test_the_triton_engine_draws_what_the_plain_one_draws() -> None:
         Request(random_prompt(20, seed=1), params(max_tokens=6, temperature=0)),
         Request(random_prompt(6, seed=2), params(max_tokens=9, seed=9), arrives=1),
         Request(random_prompt(2, seed=3), params(max_tokens=9, logprobs=0), arrives=2),
+        Request(random_prompt(3, seed=4), params(max_tokens=5, top_k=30, top_p=0.9), arrives=9),
     ]
     usual = make_engine(model, attention=PagedAttention, use_triton=False)
     ours = make_engine(

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton comes with torch on CUDA and with t
 ROOT = Path(__file__).parents[2]
 # Arrays of a value a row or a sequence: where they lie in memory follows from the number of rows.
 LITTLE = {"rows", "positions", "row_sequences", "temperatures", "seeds", "choices", "best"}
+LITTLE |= {"top_ks", "top_ps", "min_ps", "winners"}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,7 @@ def test_every_kernel_compiles_for_a_hopper_chip(kernels: list[dict[str, Any]]) 
         "_linear_kernel",
         "_layer_norm_kernel",
         "_draw_kernel",
+        "_filter_kernel",
     }
     for kernel in kernels:
         assert kernel["has_code"]

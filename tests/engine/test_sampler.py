@@ -11,6 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.draw import Filters
+from engine.random_stream import NoiseKeys
 from engine.sampler import SampledTokens, sample, token_logprobs
 from engine.sampling_params import SamplingParams
 from engine.sampling_row import SamplingRow
@@ -531,6 +533,21 @@ def test_sampling_reads_nothing_from_the_device(kind: dict[str, Any]) -> None:
 
     assert sampled.token_ids.shape == (3,)
     assert sampled.token_ids.device.type == "meta"
+
+
+def test_a_device_draws_by_its_own_kernel() -> None:
+    draws: list[tuple[int, bool]] = []
+
+    def draw(
+        logits: torch.Tensor, temperature: torch.Tensor, keys: NoiseKeys, filters: Filters | None
+    ) -> torch.Tensor:
+        draws.append((len(logits), filters is not None))
+        return logits.argmax(-1)
+
+    rows = [make_row(), make_row(temperature=0.5), make_row(logit_bias={3: 1.0}, top_p=0.5)]
+    sample(torch.empty(3, 257, device="meta"), rows, draw=draw)
+
+    assert draws == [(3, False), (1, True)], "all of them, then the edited ones once more"
 
 
 @pytest.mark.cuda
