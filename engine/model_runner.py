@@ -13,16 +13,13 @@ from torch import Tensor
 from engine.batch import BatchBuilder, Rows, Span
 from engine.config import SCORED_ROWS
 from engine.cuda_graph import (
-    NOT_FINITE,
     AttentionFactory,
     DecodeLoop,
     DecodeStep,
     DecodeStepFactory,
-    Draw,
     Sampling,
     sampling_of,
 )
-from engine.draw import draw as draw_by_definition
 from engine.kv_cache import KVCache
 from engine.messages import TopLogprobs
 from engine.network import ModularNetwork, Network, make_network
@@ -32,6 +29,7 @@ from engine.sampling_params import SamplingParams
 from engine.sampling_row import SamplingRow
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
+from engine.step_ends import BY_DEFINITION, NOT_FINITE
 from model.gpt import GPT
 
 _PROBED_COUNTS = (1, 2, 3, 7, 16, 33, 64)  # of rows
@@ -117,11 +115,11 @@ class ModelRunner:
         self._decode_loop: DecodeLoop | None = None
         if decode_step is not None:
             assert isinstance(network, ModularNetwork)
-            draw: Draw = draw_by_definition
+            kernels = BY_DEFINITION
             if use_triton:
-                from engine.draw_triton import draw as draw_by_kernel
+                from engine.step_triton import KERNELS
 
-                draw = draw_by_kernel
+                kernels = KERNELS
             step = decode_step(
                 model,
                 network.head,
@@ -129,7 +127,7 @@ class ModelRunner:
                 network.attention,
                 max_num_sequences=max_num_sequences,
                 vocab_size=vocab_size,
-                draw=draw,
+                kernels=kernels,
             )
             self._decode_loop = DecodeLoop(step, builder, max_num_sequences=max_num_sequences)
         self._sampling_rows: dict[int, SamplingRow] = {}  # by sequence

@@ -11,12 +11,13 @@ import torch
 
 from engine.attention import PagedAttention
 from engine.batch import BatchBuilder
-from engine.cuda_graph import NOT_FINITE, DecodeLoop, DecodeStep, Sampling, sampling_of
+from engine.cuda_graph import DecodeLoop, DecodeStep, Sampling, sampling_of
 from engine.engine import Engine
 from engine.kv_cache import KVCache
 from engine.messages import Abort, Choice, Submit
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
+from engine.step_ends import NOT_FINITE
 from model.gpt import GPT
 from tests.engine.engines import CONFIG, Request, make_engine, random_prompt, run
 from tests.tiny_models import tiny_gpt
