@@ -61,14 +61,14 @@ def finish(
     assert logits.stride(1) == 1, "a row's values lie together"
     num_rows, vocab_size = logits.shape
     num_parts = triton.cdiv(vocab_size, _IDS)
-    peaks = torch.empty(num_rows, num_parts, device=logits.device)
-    ids = torch.empty(num_rows, num_parts, dtype=torch.int32, device=logits.device)
+    part_peaks = torch.empty(num_rows, num_parts, device=logits.device)
+    part_ids = torch.empty(num_rows, num_parts, dtype=torch.int32, device=logits.device)
     _peaks_kernel[(num_rows, num_parts)](
-        logits, peaks, ids, vocab_size, logits.stride(0), IDS=_IDS, num_warps=4
+        logits, part_peaks, part_ids, vocab_size, logits.stride(0), IDS=_IDS, num_warps=4
     )
     token_ids = torch.empty_like(chosen)
     _finish_kernel[(num_rows,)](
-        chosen, slots.integers, slots.shares, peaks, ids, drawn, token_ids,
+        chosen, slots.integers, slots.shares, part_peaks, part_ids, drawn, token_ids,
         slots.integers.shape[1], num_parts, n_ctx - 1,
         PADDED_PARTS=triton.next_power_of_2(num_parts), NOT_FINITE=NOT_FINITE, num_warps=1,
     )  # fmt: skip
@@ -89,38 +89,45 @@ def _begin_kernel(
     """Gather one row: `gathered` (8, N), `gathered_shares` (4, N) and `x` (N, C)."""
     row = tl.program_id(0).to(tl.int64)
     num_rows = tl.num_programs(0)
+    # All that is loaded before all that is stored: a load waits behind a store that waits for one.
     slot = tl.load(chosen + row)
     token = tl.load(integers + slot)
     position = tl.load(integers + num_slots + slot)
+    seed = tl.load(integers + 2 * num_slots + slot)
+    choice = tl.load(integers + 3 * num_slots + slot)
+    top_k = tl.load(integers + 4 * num_slots + slot)
+    temperature = tl.load(shares + slot)
+    top_p = tl.load(shares + num_slots + slot)
+    min_p = tl.load(shares + 2 * num_slots + slot)
+    block = tl.load(tables + slot * num_blocks + position // BLOCK_SIZE)
     channel = tl.arange(0, PADDED_WIDTH)
     is_channel = channel < WIDTH
+    of_token = tl.load(wte + token * WIDTH + channel, mask=is_channel, other=0.0)
+    of_position = tl.load(wpe + position * WIDTH + channel, mask=is_channel, other=0.0)
     # Added in float32 and rounded once, as torch does it.
-    embedded = tl.load(wte + token * WIDTH + channel, mask=is_channel, other=0.0).to(tl.float32)
-    embedded += tl.load(wpe + position * WIDTH + channel, mask=is_channel, other=0.0).to(tl.float32)
+    embedded = of_token.to(tl.float32) + of_position.to(tl.float32)
     tl.store(x + row * WIDTH + channel, embedded.to(x.dtype.element_ty), mask=is_channel)
 
-    block = tl.load(tables + slot * num_blocks + position // BLOCK_SIZE).to(tl.int64)
     to = gathered + row
     tl.store(to, token)
     tl.store(to + num_rows, position)
-    tl.store(to + 2 * num_rows, tl.load(integers + 2 * num_slots + slot))
-    tl.store(to + 3 * num_rows, tl.load(integers + 3 * num_slots + slot))
-    tl.store(to + 4 * num_rows, tl.load(integers + 4 * num_slots + slot))
+    tl.store(to + 2 * num_rows, seed)
+    tl.store(to + 3 * num_rows, choice)
+    tl.store(to + 4 * num_rows, top_k)
     tl.store(to + 5 * num_rows, position + 1)
-    tl.store(to + 6 * num_rows, block)
+    tl.store(to + 6 * num_rows, block.to(tl.int64))
     tl.store(to + 7 * num_rows, position % BLOCK_SIZE)
 
-    temperature = tl.load(shares + slot)
     coldest = tl.full((), COLDEST, tl.float64)  # written as a number it would be a float32
     to = gathered_shares + row
     tl.store(to, tl.where(temperature < coldest, coldest, temperature))
-    tl.store(to + num_rows, tl.load(shares + num_slots + slot))
-    tl.store(to + 2 * num_rows, tl.load(shares + 2 * num_slots + slot))
+    tl.store(to + num_rows, top_p)
+    tl.store(to + 2 * num_rows, min_p)
     tl.store(to + 3 * num_rows, tl.full((), 1.0, tl.float64))  # typical_p is the host's affair
 
 
-@triton.jit(do_not_specialize_on_alignment=["peaks", "ids"])
-def _peaks_kernel(logits, peaks, ids, num_ids, logits_stride, IDS: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=["part_peaks", "part_ids"])
+def _peaks_kernel(logits, part_peaks, part_ids, num_ids, logits_stride, IDS: tl.constexpr):
     """Find the highest logit among some ids of one row, and the lowest id that has it.
 
     What is not a number counts as infinite: either way the row has no token.
@@ -133,13 +140,16 @@ def _peaks_kernel(logits, peaks, ids, num_ids, logits_stride, IDS: tl.constexpr)
     logit = tl.where(logit == logit, logit, float("inf"))
     peak = tl.max(logit, 0)
     at = row * tl.num_programs(1) + part
-    tl.store(peaks + at, peak)
-    tl.store(ids + at, tl.min(tl.where(logit == peak, token, num_ids - 1), 0))
+    tl.store(part_peaks + at, peak)
+    tl.store(part_ids + at, tl.min(tl.where(logit == peak, token, num_ids - 1), 0))
 
 
-@triton.jit(do_not_specialize_on_alignment=["chosen", "peaks", "ids", "drawn", "token_ids"])
+@triton.jit(
+    do_not_specialize_on_alignment=["chosen", "part_peaks", "part_ids", "drawn", "token_ids"]
+)
 def _finish_kernel(
-    chosen, integers, shares, peaks, ids, drawn, token_ids, num_slots, num_parts, last_position,
+    chosen, integers, shares, part_peaks, part_ids, drawn, token_ids,
+    num_slots, num_parts, last_position,
     PADDED_PARTS: tl.constexpr, NOT_FINITE: tl.constexpr,
 ):  # fmt: skip
     """Choose one row's token, and leave it and its position in the row's slot.
@@ -149,18 +159,18 @@ def _finish_kernel(
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PADDED_PARTS)
     is_part = part < num_parts
-    peak = tl.load(peaks + row * num_parts + part, mask=is_part, other=float("-inf"))
-    first = tl.load(ids + row * num_parts + part, mask=is_part, other=0)
+    peak = tl.load(part_peaks + row * num_parts + part, mask=is_part, other=float("-inf"))
+    first = tl.load(part_ids + row * num_parts + part, mask=is_part, other=0)
+    slot = tl.load(chosen + row)
+    position = tl.load(integers + num_slots + slot)
     best = tl.max(peak, 0)
     is_finite = (best > float("-inf")) & (best < float("inf"))
     token = tl.min(tl.where(is_part & (peak == best), first, 2147483647), 0).to(tl.int64)
-    slot = tl.load(chosen + row)
     if drawn is not None:
         token = tl.where(tl.load(shares + slot) == 0.0, token, tl.load(drawn + row))
     tl.store(token_ids + row, tl.where(is_finite, token, NOT_FINITE))
     is_somebody = slot != num_slots - 1
     tl.store(integers + slot, tl.where(is_finite, token, 0), mask=is_somebody)
     # A sequence may have ended without the device knowing: it must stay inside the context.
-    position = tl.load(integers + num_slots + slot) + 1
-    position = tl.minimum(position, last_position)
+    position = tl.minimum(position + 1, last_position)
     tl.store(integers + num_slots + slot, position, mask=is_somebody)

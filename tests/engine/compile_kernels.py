@@ -18,6 +18,9 @@ from engine.attention_triton import PART_TOKENS, _decode_kernel, _prefill_kernel
 from engine.block_triton import _layer_norm_kernel
 from engine.draw_triton import _draw_kernel
 from engine.linear_triton import _linear_kernel, tile_of
+from engine.sampling_params import COLDEST
+from engine.step_ends import NOT_FINITE
+from engine.step_triton import _begin_kernel, _finish_kernel, _peaks_kernel
 
 _INDICES = {"positions": "*i64", "row_sequences": "*i64", "tables": "*i32", "tiles": "*i32"}
 _SCRATCH = {"mixtures": "*fp32", "maxima": "*fp32", "totals": "*fp32", "num_done": "*i32"}
@@ -31,6 +34,21 @@ _DRAW = {
     "choices": "*i64",
     "peaks": "*fp64",
     "ids": "*i64",
+}
+_ENDS = {
+    "chosen": "*i64",
+    "integers": "*i64",
+    "shares": "*fp64",
+    "gathered": "*i64",
+    "gathered_shares": "*fp64",
+    "part_peaks": "*fp32",
+    "part_ids": "*i32",
+    "drawn": "*i64",
+    "token_ids": "*i64",
+    "num_slots": "i32",
+    "num_blocks": "i32",
+    "num_parts": "i32",
+    "last_position": "i32",
 }
 _HOPPER_SHARED_BYTES = 232_448
 _SMALL_SHARED_BYTES = 101_376  # a GeForce's
@@ -55,7 +73,7 @@ def compile_kernel(
     **options: Any,
 ) -> None:
     """Compile with tensors of `values` unless their names say otherwise; print the outcome."""
-    types = {**_DRAW, **_INDICES, **_SCRATCH, **_SCALARS, "rows": "*i32"}
+    types = {**_DRAW, **_ENDS, **_INDICES, **_SCRATCH, **_SCALARS, "rows": "*i32"}
     names = kernel.arg_names
     signature, hints = {}, {}
     for place, name in enumerate(names):
@@ -105,6 +123,13 @@ def main() -> None:
     compile_kernel(_write_kernel, "bf16", write, cache="fp8e4nv")
     compile_kernel(_layer_norm_kernel, "bf16", norm)
     compile_kernel(_draw_kernel, "fp32", {"IDS": 1024, "NO_CHANCE": -19.5}, num_warps=4)
+    begin = {"WIDTH": 768, "PADDED_WIDTH": 1024, "BLOCK_SIZE": 16, "COLDEST": COLDEST}
+    compile_kernel(_begin_kernel, "bf16", begin, num_warps=4)
+    compile_kernel(_begin_kernel, "fp32", begin, num_warps=4)
+    compile_kernel(_peaks_kernel, "fp32", {"IDS": 1024}, num_warps=4)
+    finish = {"PADDED_PARTS": 64, "NOT_FINITE": NOT_FINITE}
+    compile_kernel(_finish_kernel, "fp32", finish, num_warps=1)
+    compile_kernel(_finish_kernel, "fp32", {**finish, "drawn": None}, num_warps=1)
     for all_rows in (True, False):
         for in_turn in (True, False):
             decode = {**_HEADS, "PART": PART_TOKENS, "ALL_ROWS": all_rows, "IN_TURN": in_turn}
