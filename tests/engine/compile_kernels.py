@@ -130,6 +130,8 @@ def main() -> None:
     finish = {"PADDED_PARTS": 64, "NOT_FINITE": NOT_FINITE}
     compile_kernel(_finish_kernel, "fp32", finish, num_warps=1)
     compile_kernel(_finish_kernel, "fp32", {**finish, "drawn": None}, num_warps=1)
+    one_part = {**finish, "PADDED_PARTS": 1, "num_parts": 1}  # of a vocabulary of characters
+    compile_kernel(_finish_kernel, "fp32", one_part, num_warps=1)
     for all_rows in (True, False):
         for in_turn in (True, False):
             decode = {**_HEADS, "PART": PART_TOKENS, "ALL_ROWS": all_rows, "IN_TURN": in_turn}
