@@ -13,9 +13,11 @@ from engine import step_ends as definition
 from engine.cuda_graph import DecodeStep, Sampling
 from engine.kv_cache import KVCache
 from engine.network import ModularNetwork, make_network
+from engine.sampling_params import SamplingParams
 from engine.step_ends import NOT_FINITE, Slots, StepInput
 from model.config import GPTConfig
 from model.gpt import GPT
+from tests.engine.engines import Request, make_engine, run
 from tests.tiny_models import tiny_gpt
 
 pytest.importorskip("triton", reason="triton comes with torch on CUDA and with the test extra")
@@ -260,6 +262,18 @@ def test_a_step_with_temperature_adds_only_what_its_draw_takes(launches: Launche
     assert launches.names[:ends] == greedy[:ends]
     assert "_draw_kernel" in launches.names
     assert launches.names[-2:] == greedy[-2:]
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="benchmarks/gpu.sh counts them on a GPU")
+def test_an_engine_with_kernels_has_them_at_both_ends(launches: Launches) -> None:
+    engine = make_engine(use_triton=True, decode_step=DecodeStep, share_completion_blocks=False)
+    params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+
+    with launches:
+        run(engine, [Request([1, 2, 3], params)])
+
+    ends = ("_begin_kernel", "_peaks_kernel", "_finish_kernel")
+    assert [name for name in launches.names if name in ends] == [*ends] * 2
 
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="benchmarks/gpu.sh counts them on a GPU")
