@@ -1,6 +1,6 @@
 """The ends of a decode step on a GPU: `engine.step_ends` in one kernel and, behind the head, two.
 
-In torch they are some thirty, of a few numbers each: at one row they would take a fifth of a step.
+In torch they are some thirty, of a few numbers each: at one row up to a fifth of a step.
 The bits are the same.
 """
 
