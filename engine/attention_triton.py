@@ -44,8 +44,17 @@ class TritonPagedAttention:
     FlashAttention-2 (Dao, 2023, arXiv:2307.08691).
     """
 
-    def __init__(self, config: GPTConfig, cache: KVCache, batch: ModelInput) -> None:
-        """Prepare a step; nothing is read back to the host."""
+    def __init__(
+        self,
+        config: GPTConfig,
+        cache: KVCache,
+        batch: ModelInput,
+        num_done: Tensor | None = None,
+    ) -> None:
+        """Prepare a step; nothing is read back to the host.
+
+        `num_done` is of `TritonAttention`; a step of its own has counts of its own.
+        """
         device = batch.positions.device
         assert batch.positions.is_contiguous(), "kernels know no stride"
         assert batch.row_sequences.is_contiguous(), "kernels know no stride"
@@ -68,7 +77,7 @@ class TritonPagedAttention:
         length = batch.block_tables.shape[1] * cache.block_size
         is_many = num_rows * config.n_head >= _MANY_PAIRS
         self._num_programs = 1 if is_many else -(-length // PART_TOKENS)  # of a pair
-        # Scratch of the decode rows: sums, maxima and mixtures of the parts, and how many are in.
+        # Scratch of the decode rows: sums, maxima and mixtures of the parts.
         parts = (num_rows, config.n_head, self._num_programs)
         self._padded_size = max(16, triton.next_power_of_2(config.head_size))
         # A thread holds 32 registers of keys, and as many of values.
@@ -77,7 +86,7 @@ class TritonPagedAttention:
         self._mixtures = torch.empty(*parts, self._padded_size, device=device)
         self._maxima = torch.empty(parts, device=device)
         self._totals = torch.empty(parts, device=device)
-        self._num_done = torch.zeros(parts[:2], dtype=torch.int32, device=device)
+        self._num_done = _new_counts(device) if num_done is None else num_done
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend in layer `layer`: q, k, v (N, H, D) -> (N, H, D)."""
@@ -133,6 +142,28 @@ class TritonPagedAttention:
             # and the variants of this kernel must give the same bits.
             num_warps=self._num_warps, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+class TritonAttention:
+    """Makes a `TritonPagedAttention` for each step, all of which count parts in the same place.
+
+    The counts are zero between layers, since whoever is last leaves them so. To make new ones in
+    each step would be a kernel more.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._num_done = _new_counts(device)
+
+    def __call__(
+        self, config: GPTConfig, cache: KVCache, batch: ModelInput
+    ) -> TritonPagedAttention:
+        """Prepare a step."""
+        return TritonPagedAttention(config, cache, batch, self._num_done)
+
+
+def _new_counts(device: torch.device) -> Tensor:
+    """How many parts are in, of each pair of row and head: where these are many, none count."""
+    return torch.zeros(_MANY_PAIRS, dtype=torch.int32, device=device)
 
 
 def _classes(batch: ModelInput, num_queries: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from engine.batch import BatchBuilder, ModelInput
-from engine.draw import Draw, Filters, draw, lowest_argmax
 from engine.kv_cache import KVCache
-from engine.random_stream import NoiseKeys
-from engine.sampling_params import COLDEST, SamplingParams
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence as RunningSequence
+from engine.step_ends import BY_DEFINITION, Slots, StepKernels, advance
 from model.attention import Attend
 from model.config import GPTConfig
 from model.gpt import GPT
@@ -28,7 +27,6 @@ Head = Callable[[Tensor], Tensor]
 DecodeStepFactory = Callable[..., "DecodeStep"]  # the class, or one that only pretends
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
-NOT_FINITE = -1  # in place of a token id
 _NOBODY = -1
 
 
@@ -69,108 +67,87 @@ class DecodeStep:
         *,
         max_num_sequences: int,
         vocab_size: int,
-        draw: Draw = draw,
+        kernels: StepKernels = BY_DEFINITION,
     ) -> None:
-        """Allocate the slots. `draw` is the device's own, equal to the default."""
-        self._model, self._head, self._draw = model, head, draw
+        """Allocate the slots. `kernels` are the device's own, equal to the default."""
+        self._model, self._head, self._kernels = model, head, kernels
         self.cache, self._attention = cache, attention
         self.vocab_size = vocab_size
         device = cache.k.device
         num_slots = max_num_sequences + 1
         max_blocks = -(-model.config.n_ctx // cache.block_size)
-        # Rows: token, position, seed, choice, top_k; and temperature, top_p, min_p. What is
-        # gathered of a row lies together, as kernels take it.
-        self._integers = torch.zeros(5, num_slots, dtype=torch.int64, device=device)
-        self._shares = torch.zeros(3, num_slots, dtype=torch.float64, device=device)
-        self._tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
-        self._slots = torch.full((max_num_sequences,), max_num_sequences, device=device)
+        self._slots = Slots(
+            integers=torch.zeros(5, num_slots, dtype=torch.int64, device=device),
+            shares=torch.zeros(3, num_slots, dtype=torch.float64, device=device),
+            tables=torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device),
+        )
+        self._chosen = torch.full((max_num_sequences,), max_num_sequences, device=device)
 
     @property
     def padding_slot(self) -> int:
         """The slot that is nobody's."""
-        return self._integers.shape[1] - 1
+        return len(self._slots.tables) - 1
 
     @property
     def device(self) -> torch.device:
         """Where all of this lies."""
-        return self._slots.device
+        return self._chosen.device
 
     @property
     def static_buffers(self) -> list[Tensor]:
         """What a captured step reads and writes: the same memory for as long as this lives."""
-        return [self._integers, self._shares, self._tables, self._slots]
+        slots = self._slots
+        return [slots.integers, slots.shares, slots.tables, self._chosen]
 
     def write(self, change: _Change) -> None:
         """Take in what the host knows better."""
+        slots = self._slots
         if change.progress:
             progress = self._send(np.array(change.progress).T)
-            self._integers[:2, progress[0]] = progress[1:]
+            slots.integers[:2, progress[0]] = progress[1:]
         if change.params:
             params = self._send(np.array(change.params).T)
-            self._integers[2:, params[0]] = params[1:]
-            self._shares[:, params[0]] = self._send(np.array(change.shares).T)
+            slots.integers[2:, params[0]] = params[1:]
+            slots.shares[:, params[0]] = self._send(np.array(change.shares).T)
         if change.blocks:
             blocks = self._send(np.array(change.blocks).T)
-            self._tables[blocks[0], blocks[1]] = blocks[2].int()
+            slots.tables[blocks[0], blocks[1]] = blocks[2].int()
 
     def choose_slots(self, slots: np.ndarray) -> None:
         """Say whose turn it is from now on; the rest is padding."""
-        padded = np.full(len(self._slots), self.padding_slot)
+        padded = np.full(len(self._chosen), self.padding_slot)
         padded[: len(slots)] = slots
-        self._slots.copy_(self._send(padded))
+        self._chosen.copy_(self._send(padded))
 
     def _send(self, array: np.ndarray) -> Tensor:
         """Copy to the device without waiting for it: it may be busy with the step before."""
         tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self._slots.device.type != "cuda":
+        if self._chosen.device.type != "cuda":
             return tensor
-        return tensor.pin_memory().to(self._slots.device, non_blocking=True)
+        return tensor.pin_memory().to(self._chosen.device, non_blocking=True)
 
     def run(self, num_rows: int, sampling: Sampling) -> Tensor:
         """Advance the first `num_rows` slots: their token ids (num_rows,), or NOT_FINITE.
 
         With BY_HOST the result is logits (num_rows, V) float32, the slots wait for `feed`.
         """
-        slots = self._slots[:num_rows]
-        tokens, positions, seeds, choices, top_k = self._integers.index_select(1, slots).unbind()
-        block_size = self.cache.block_size
-        batch = ModelInput(
-            tokens=tokens,
-            positions=positions,
-            row_sequences=slots,
-            block_tables=self._tables,
-            slot_blocks=self._tables[slots, positions // block_size].long(),
-            slot_offsets=positions % block_size,
-        )
-        attend = self._attention(self._model.config, self.cache, batch)
-        logits = self._head(self._model(tokens, positions, attend))
+        kernels, chosen = self._kernels, self._chosen[:num_rows]
+        config = self._model.config
+        step = kernels.begin(self._model, self._slots, chosen, self.cache.block_size)
+        attend = self._attention(config, self.cache, step.batch)
+        logits = self._head(self._model.run_layers(step.x, attend))
         if sampling == Sampling.BY_HOST:
             return logits
-        drawn, best = lowest_argmax(logits)
+        drawn: Tensor | None = None
         if sampling != Sampling.GREEDY:
-            temperature, top_p, min_p = self._shares.index_select(1, slots).unbind()
-            is_greedy = temperature == 0
-            temperature = temperature.clamp(min=COLDEST)
-            filters = None
-            if sampling == Sampling.FILTERED:
-                filters = Filters(
-                    top_k,
-                    top_p,
-                    min_p,
-                    torch.ones_like(top_p),
-                    has_typical_p=False,
-                )
-            # The token to be drawn stands behind the one just computed.
-            keys = NoiseKeys(seeds, choices, positions + 1)
-            drawn = drawn.where(is_greedy, self._draw(logits, temperature, keys, filters))
-        is_finite = best.isfinite()
-        self._advance(slots, drawn.masked_fill(~is_finite, 0), positions)
-        return drawn.masked_fill(~is_finite, NOT_FINITE)
+            filters = step.filters if sampling == Sampling.FILTERED else None
+            drawn = kernels.draw(logits, step.temperature, step.keys, filters)
+        return kernels.finish(logits, self._slots, chosen, config.n_ctx, drawn)
 
     def feed(self, token_ids: Tensor) -> None:
         """Finish a step that ended with logits, by token ids (R,) for the first R slots."""
-        slots = self._slots[: len(token_ids)]
-        self._advance(slots, token_ids, self._integers[1, slots])
+        chosen = self._chosen[: len(token_ids)]
+        advance(self._slots, chosen, token_ids, self._model.config.n_ctx)
 
     def read(self, token_ids: Tensor) -> Callable[[], list[list[int]]]:
         """Begin to copy token ids to the host; the call waits for the copy, not for later steps."""
@@ -188,13 +165,6 @@ class DecodeStep:
             return values
 
         return wait
-
-    def _advance(self, slots: Tensor, token_ids: Tensor, positions: Tensor) -> None:
-        self._integers[0].index_copy_(0, slots, token_ids)
-        # A sequence may have ended without the device knowing: it must stay inside the context.
-        positions = (positions + 1).clamp(max=self._model.config.n_ctx - 1)
-        self._integers[1].index_copy_(0, slots, positions)
-        self._integers[:, -1].zero_()  # padding stays where it is
 
 
 class DecodeLoop:

@@ -13,7 +13,6 @@ from torch import Tensor
 from engine.batch import BatchBuilder, Rows, Span
 from engine.config import SCORED_ROWS
 from engine.cuda_graph import (
-    NOT_FINITE,
     AttentionFactory,
     DecodeLoop,
     DecodeStep,
@@ -21,8 +20,6 @@ from engine.cuda_graph import (
     Sampling,
     sampling_of,
 )
-from engine.draw import Draw
-from engine.draw import draw as draw_by_definition
 from engine.kv_cache import KVCache
 from engine.messages import TopLogprobs
 from engine.network import ModularNetwork, Network, make_network
@@ -32,6 +29,7 @@ from engine.sampling_params import SamplingParams
 from engine.sampling_row import SamplingRow
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
+from engine.step_ends import BY_DEFINITION, NOT_FINITE
 from model.gpt import GPT
 
 _PROBED_COUNTS = (1, 2, 3, 7, 16, 33, 64)  # of rows
@@ -114,11 +112,11 @@ class ModelRunner:
         self._eos_token_ids = eos_token_ids
         self._n_ctx, self._vocab_size = model.config.n_ctx, vocab_size
         self._on_cuda, self._on_cpu = on_cuda, model.wte.weight.device.type == "cpu"
-        self._draw_tokens: Draw = draw_by_definition
+        self._kernels = BY_DEFINITION
         if use_triton:
-            from engine.draw_triton import draw as draw_by_kernel
+            from engine.step_triton import KERNELS
 
-            self._draw_tokens = draw_by_kernel
+            self._kernels = KERNELS
         self._decode_loop: DecodeLoop | None = None
         if decode_step is not None:
             assert isinstance(network, ModularNetwork)
@@ -129,7 +127,7 @@ class ModelRunner:
                 network.attention,
                 max_num_sequences=max_num_sequences,
                 vocab_size=vocab_size,
-                draw=self._draw_tokens,
+                kernels=self._kernels,
             )
             self._decode_loop = DecodeLoop(step, builder, max_num_sequences=max_num_sequences)
         self._sampling_rows: dict[int, SamplingRow] = {}  # by sequence
@@ -257,7 +255,7 @@ class ModelRunner:
         options: Options | None = None,
     ) -> StepResult:
         """Choose a token for each of the rows that have caught up, from their logits (R, V)."""
-        sampled = sample(logits, rows, options, draw=self._draw_tokens)
+        sampled = sample(logits, rows, options, draw=self._kernels.draw)
         result = StepResult(draws=sampled.token_ids.tolist())
         result.note_failures(batch, sampled.is_finite.tolist())
         for place, (logprob, token_ids, logprobs) in sampled.logprobs_by_row().items():

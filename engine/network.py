@@ -109,11 +109,11 @@ def make_network(
     weight = model.wte.weight
     device, dtype = weight.device, weight.dtype
     if use_triton:
-        from engine.attention_triton import TritonPagedAttention
+        from engine.attention_triton import TritonAttention
         from engine.block_triton import fuse
 
         fused = fuse(model, vocab_size, same_bytes=same_bytes)
-        return ModularNetwork(model, fused, cache, attention or TritonPagedAttention)
+        return ModularNetwork(model, fused, cache, attention or TritonAttention(device))
     if fuses and attention is None and can_fuse(device, dtype, quantizes=quantizes):
         return FusedNetwork(model, cache, vocab_size, quantizes=quantizes)
     assert not quantizes, "loading refuses weights of 8 bits here"

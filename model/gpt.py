@@ -113,7 +113,15 @@ class GPT(nn.Module):
         Returns:
             Hidden states, (B, T, C) or (N, C).
         """
-        x = self.dropout(self.wte(tokens) + self.wpe(positions))
+        return self.run_layers(self.embed(tokens, positions), attend)
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Look up tokens and positions: the layers' input, (B, T, C) or (N, C)."""
+        x: Tensor = self.dropout(self.wte(tokens) + self.wpe(positions))
+        return x
+
+    def run_layers(self, x: Tensor, attend: Attend) -> Tensor:
+        """Take embedded tokens (..., C) through the layers and the last LayerNorm."""
         for block in self.h:
             x = block(x, attend)
         hidden: Tensor = self.ln_f(x)

@@ -77,7 +77,7 @@ NO_TORCH = [
 OPTIONAL = {
     "engine.attention_triton": "needs triton, which torch brings where it has CUDA",
     "engine.block_triton": "needs triton",
-    "engine.draw_triton": "needs triton",
+    "engine.step_triton": "needs triton",
     "huggingface_hub": "the extra `hub`",
     "tokenizers": "the extra `train`",
     "transformers": "a peer to measure against, of the extra `test`",

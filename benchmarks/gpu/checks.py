@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.workbench import Workbench, make_batch
-from engine import draw_triton
+from engine import draw_triton, step_ends, step_triton
 from engine.attention import PagedAttention
 from engine.attention_triton import TritonPagedAttention
 from engine.block_triton import TritonLayerNorm
@@ -19,7 +19,10 @@ from engine.kv_cache import KVCache
 from engine.linear_triton import TritonLinear
 from engine.random_stream import NoiseKeys
 from engine.sampling_params import SamplingParams
+from engine.step_ends import Slots
 from model.attention import CausalAttention
+
+_EXACT = ("draw", "a step's beginning", "a step's end")
 
 
 def check_kernels(bench: Workbench, report: Report) -> None:
@@ -29,7 +32,7 @@ def check_kernels(bench: Workbench, report: Report) -> None:
         for name, ours, theirs in _kernel_pairs(bench, dtype):
             error = (ours.cpu().float() - theirs).abs().max().item()
             allowed = tolerance * max(1.0, theirs.abs().max().item())
-            if name == "draw":
+            if name in _EXACT:
                 allowed = 0.0
             verdict = "pass" if error <= allowed else "FAIL"
             rows.append((name, str(dtype)[6:], f"{error:.1e}", f"{allowed:.1e}", verdict))
@@ -140,8 +143,53 @@ def _kernel_pairs(bench: Workbench, dtype: torch.dtype) -> Iterable[tuple[str, T
         )
         theirs = draw(logits, temperature, NoiseKeys(*columns.unbind()))
         yield "draw", ours, theirs.float()
+    yield from _end_pairs(bench, dtype)
     for name, spans in _span_cases(bench).items():
         yield f"attention, {name}", *_attention_pair(bench, spans, dtype)
+
+
+def _end_pairs(bench: Workbench, dtype: torch.dtype) -> Iterable[tuple[str, Tensor, Tensor]]:
+    """What a decode step does before and behind its layers."""
+    model, n_ctx = copy.deepcopy(bench.model).to(dtype), bench.config.n_ctx
+    num_slots = 9  # the last is padding, and was chosen twice
+    integers = torch.arange(5 * num_slots).view(5, num_slots) + n_ctx - num_slots - 9
+    integers[0] = 7 * torch.arange(num_slots)
+    shares = torch.rand(3, num_slots, dtype=torch.float64)
+    shares[0, ::2] = 0
+    tables = torch.arange(num_slots * (n_ctx // 16)).view(num_slots, -1).int()
+    integers[:, -1], shares[:, -1], tables[-1] = 0, 0, 0
+    chosen = torch.tensor([3, 0, 7, 4, 8, 8])
+    logits = torch.randn(len(chosen), bench.config.vocab_size).round() - 100  # with many ties
+    logits[3, 11] = torch.nan
+    drawn = torch.arange(len(chosen))
+
+    slots = Slots(integers, shares, tables)
+    on_device = Slots(*(t.to(bench.device) for t in (integers, shares, tables)))
+    theirs = step_ends.begin(model, slots, chosen, 16)
+    ours = step_triton.begin(
+        copy.deepcopy(model).to(bench.device), on_device, chosen.to(bench.device), 16
+    )
+    yield "embedding", ours.x.detach(), theirs.x.detach().float()
+    if dtype != torch.float32:
+        return
+    gathered, exact = (
+        torch.stack(
+            [
+                *(step.batch.tokens, step.batch.positions),
+                *(step.batch.slot_blocks, step.batch.slot_offsets),
+                *(step.keys.seed, step.keys.choice, step.keys.position),
+                *(step.filters.top_k, step.filters.top_p, step.filters.min_p, step.temperature),
+            ]
+        ).float()
+        for step in (ours, theirs)
+    )
+    yield "a step's beginning", gathered, exact
+    expected = step_ends.finish(logits, slots, chosen, n_ctx, drawn)
+    found = step_triton.finish(
+        logits.to(bench.device), on_device, chosen.to(bench.device), n_ctx, drawn.to(bench.device)
+    )
+    left = torch.cat((found, on_device.integers.flatten()))
+    yield "a step's end", left, torch.cat((expected, slots.integers.flatten())).float()
 
 
 def _span_cases(bench: Workbench) -> dict[str, list[tuple[int, int, int]]]:

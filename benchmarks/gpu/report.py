@@ -34,6 +34,7 @@ GOALS = {
     "ttft": Goal("first token of a 1,024-token prompt", 5, "ms", is_at_least=False),
     "ready": Goal("start to ready, kernels compiled before", 10, "s", is_at_least=False),
     "layer": Goal("kernels a layer in a decode step", 7, "", is_at_least=False),
+    "around": Goal("kernels around the layers, greedy", 5, "", is_at_least=False),
     "draw": Goal("a draw with top_k and top_p for 256 rows", 0.5, "ms", is_at_least=False),
     "cost": Goal("what the same bytes cost a step of 64", 10, "%", is_at_least=False),
     "host": Goal("the host's own time a step of 256", 1, "ms", is_at_least=False),

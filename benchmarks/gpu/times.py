@@ -5,6 +5,7 @@ import importlib.util
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -136,8 +137,28 @@ def profile_step(bench: Workbench, report: Report) -> None:
     )  # fmt: skip
     names = ("_layer_norm_kernel", "_linear_kernel", "_decode_kernel")
     in_layers = sum(e.count for e in events if e.key.startswith(names)) / num_steps
-    # ln_f and the head are of these kinds too.
-    report.values["layer"] = (in_layers - 2) / bench.config.n_layer
+    in_layers -= 2  # ln_f and the head are of these kinds too
+    report.values["layer"] = in_layers / bench.config.n_layer
+    on_device = [event for event in profile.events() if event.device_type.name == "CUDA"]
+    on_device.sort(key=lambda event: event.time_range.start)
+    in_steps = kernels_in_steps([event.name for event in on_device])
+    report.values["around"] = statistics.median(in_steps) - in_layers
+
+
+def kernels_in_steps(names: Sequence[str]) -> list[int]:
+    """How many kernels each whole decode step has, of kernels in order of time.
+
+    What the host sends now and then comes between steps.
+    """
+    counts: list[int] = []
+    first: int | None = None
+    for place, name in enumerate(names):
+        if name.startswith("_begin_kernel"):
+            first = place
+        elif name.startswith("_finish_kernel") and first is not None:
+            counts.append(place - first + 1)
+            first = None
+    return counts
 
 
 def time_variants(bench: Workbench, report: Report) -> None:

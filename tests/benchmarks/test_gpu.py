@@ -13,6 +13,7 @@ from benchmarks.gpu.__main__ import PARTS, run
 from benchmarks.gpu.checks import check_kernels, check_rounds
 from benchmarks.gpu.draws import check_draws, time_draws
 from benchmarks.gpu.report import GOALS, Goal, Report
+from benchmarks.gpu.times import kernels_in_steps
 from benchmarks.gpu.workbench import Workbench
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +52,16 @@ def test_kernels_are_compared_and_found_right() -> None:
     check_kernels(Workbench(device=DEVICE, is_smoke=True), report)
 
     assert report.values["kernels"] == 1.0
-    assert report.parts[0].count("| pass |") == 27
+    assert report.parts[0].count("| pass |") == 31
+
+
+def test_kernels_are_counted_from_a_step_s_beginning_to_its_end() -> None:
+    step = ["_begin_kernel", "_linear_kernel", "_peaks_kernel", "_finish_kernel"]
+    cut, between = step[2:], ["Memcpy HtoD (Pinned -> Device)", "index_put"]
+
+    counts = kernels_in_steps([*cut, *step, *between, step[0], "fill", *step[1:], *step[:3]])
+
+    assert counts == [4, 5]
 
 
 def test_draws_are_compared_and_found_right() -> None:

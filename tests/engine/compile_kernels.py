@@ -18,6 +18,9 @@ from engine.attention_triton import PART_TOKENS, _decode_kernel, _prefill_kernel
 from engine.block_triton import _layer_norm_kernel
 from engine.draw_triton import _draw_kernel, _filter_kernel
 from engine.linear_triton import _linear_kernel, tile_of
+from engine.sampling_params import COLDEST
+from engine.step_ends import NOT_FINITE
+from engine.step_triton import _begin_kernel, _finish_kernel, _peaks_kernel
 
 _INDICES = {"positions": "*i64", "row_sequences": "*i64", "tables": "*i32", "tiles": "*i32"}
 _SCRATCH = {"mixtures": "*fp32", "maxima": "*fp32", "totals": "*fp32", "num_done": "*i32"}
@@ -37,6 +40,21 @@ _DRAW = {
     "min_ps": "*fp64",
     "winners": "*i64",
     "num_chunks": "i32",
+}
+_ENDS = {
+    "chosen": "*i64",
+    "integers": "*i64",
+    "shares": "*fp64",
+    "gathered": "*i64",
+    "gathered_shares": "*fp64",
+    "part_peaks": "*fp32",
+    "part_ids": "*i32",
+    "drawn": "*i64",
+    "token_ids": "*i64",
+    "num_slots": "i32",
+    "num_blocks": "i32",
+    "num_parts": "i32",
+    "last_position": "i32",
 }
 _HOPPER_SHARED_BYTES = 232_448
 _SMALL_SHARED_BYTES = 101_376  # a GeForce's
@@ -61,7 +79,7 @@ def compile_kernel(
     **options: Any,
 ) -> None:
     """Compile with tensors of `values` unless their names say otherwise; print the outcome."""
-    types = {**_DRAW, **_INDICES, **_SCRATCH, **_SCALARS, "rows": "*i32"}
+    types = {**_DRAW, **_ENDS, **_INDICES, **_SCRATCH, **_SCALARS, "rows": "*i32"}
     names = kernel.arg_names
     signature, hints = {}, {}
     for place, name in enumerate(names):
@@ -114,6 +132,15 @@ def main() -> None:
     compile_kernel(_draw_kernel, "fp32", draw, num_warps=4, enable_fp_fusion=False)
     filters = {**draw, "CHUNKS": 1024, "TILE": 4096}
     compile_kernel(_filter_kernel, "fp32", filters, num_warps=16, enable_fp_fusion=False)
+    begin = {"WIDTH": 768, "PADDED_WIDTH": 1024, "BLOCK_SIZE": 16, "COLDEST": COLDEST}
+    compile_kernel(_begin_kernel, "bf16", begin, num_warps=4)
+    compile_kernel(_begin_kernel, "fp32", begin, num_warps=4)
+    compile_kernel(_peaks_kernel, "fp32", {"IDS": 1024}, num_warps=4)
+    finish = {"PADDED_PARTS": 64, "NOT_FINITE": NOT_FINITE}
+    compile_kernel(_finish_kernel, "fp32", finish, num_warps=1)
+    compile_kernel(_finish_kernel, "fp32", {**finish, "drawn": None}, num_warps=1)
+    one_part = {**finish, "PADDED_PARTS": 1, "num_parts": 1}  # of a vocabulary of characters
+    compile_kernel(_finish_kernel, "fp32", one_part, num_warps=1)
     for all_rows in (True, False):
         for in_turn in (True, False):
             decode = {**_HEADS, "PART": PART_TOKENS, "ALL_ROWS": all_rows, "IN_TURN": in_turn}

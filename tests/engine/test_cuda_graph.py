@@ -1,6 +1,7 @@
 """The decode step over fixed buffers: here as plain calls, on CUDA as graphs of the same calls."""
 
 import copy
+import importlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +12,19 @@ import torch
 
 from engine.attention import PagedAttention
 from engine.batch import BatchBuilder
-from engine.cuda_graph import NOT_FINITE, DecodeLoop, DecodeStep, Sampling, sampling_of
+from engine.cuda_graph import DecodeLoop, DecodeStep, Sampling, sampling_of
 from engine.engine import Engine
 from engine.kv_cache import KVCache
 from engine.messages import Abort, Choice, Submit
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
+from engine.step_ends import BY_DEFINITION, NOT_FINITE, StepKernels
 from model.gpt import GPT
 from tests.engine.engines import CONFIG, Request, make_engine, random_prompt, run
 from tests.tiny_models import tiny_gpt
+
+# In numpy, as the interpreter computes, a row that is not finite or has no token left is warned of.
+pytestmark = pytest.mark.filterwarnings("ignore:(All-NaN|invalid value):RuntimeWarning")
 
 HAS_CUDA = torch.cuda.is_available()
 VOCAB_SIZE = 95
@@ -40,6 +45,23 @@ GREEDY = params(temperature=0)
 PLAIN = params(temperature=0.8, seed=3)
 FILTERED = params(temperature=1.3, top_k=20, top_p=0.9, min_p=0.01, seed=-5)
 BY_HOST = params(temperature=1.0, repetition_penalty=1.3, logit_bias={5: 4.0}, logprobs=3)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def kernels(request: pytest.FixtureRequest) -> StepKernels:
+    """What a step may begin and end with; all else is torch's, so the bits are the same."""
+    if request.param == "torch":
+        return BY_DEFINITION
+    pytest.importorskip("triton", reason="comes with torch on CUDA and with the test extra")
+    if HAS_CUDA:
+        pytest.skip("these steps lie on a CPU, where only interpreted kernels run")
+    of_a_gpu: StepKernels = importlib.import_module("engine.step_triton").KERNELS
+    return of_a_gpu
+
+
+def step_with(kernels: StepKernels) -> Callable[..., DecodeStep]:
+    """Decode steps that begin and end so, whatever the device is."""
+    return lambda *arguments, **keywords: DecodeStep(*arguments, **{**keywords, "kernels": kernels})
 
 
 def requests(*kinds: SamplingParams, **settings: Any) -> list[Request]:
@@ -66,10 +88,10 @@ def drawn(engine: Engine, workload: list[Request]) -> list[Any]:
     ],
 )
 def test_decoding_from_the_device_draws_what_decoding_from_the_host_draws(
-    workload: list[Request],
+    workload: list[Request], kernels: StepKernels
 ) -> None:
     usual = make_engine(attention=PagedAttention)
-    ours = make_engine(**ON_DEVICE)
+    ours = make_engine(**{**ON_DEVICE, "decode_step": step_with(kernels)})
 
     assert drawn(ours, workload) == drawn(usual, workload)
 
@@ -325,7 +347,7 @@ def test_slots_of_finished_sequences_serve_others() -> None:
     assert drawn(ours, workload) == drawn(usual, workload)
 
 
-def test_a_row_that_is_not_finite_fails_alone() -> None:
+def test_a_row_that_is_not_finite_fails_alone(kernels: StepKernels) -> None:
     model = tiny_gpt(CONFIG)
     with torch.no_grad():
         model.wpe.weight[9] = torch.nan
@@ -333,8 +355,9 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
         Request(random_prompt(8, seed=1), GREEDY),
         Request(random_prompt(2, seed=2), params(max_tokens=7)),
     ]
+    settings = {**ON_DEVICE, "decode_step": step_with(kernels)}
     (watched, _), (broken, healthy) = (
-        run(make_engine(model, max_num_rounds=max_num_rounds, **ON_DEVICE), workload)
+        run(make_engine(model, max_num_rounds=max_num_rounds, **settings), workload)
         for max_num_rounds in (1, 8)
     )
 
@@ -380,9 +403,15 @@ def test_a_failed_step_can_be_repeated() -> None:
     assert len(failures) == 1
 
 
-def make_step(model: GPT, *, device: str, max_num_sequences: int = 4) -> DecodeStep:
+def make_step(
+    model: GPT,
+    *,
+    device: str,
+    max_num_sequences: int = 4,
+    kernels: StepKernels = BY_DEFINITION,
+) -> DecodeStep:
     with torch.device(device):
-        cache = KVCache(CONFIG, num_blocks=70, block_size=4, dtype=torch.float32, device=device)
+        cache = KVCache(CONFIG, num_blocks=100, block_size=4, dtype=torch.float32, device=device)
         return DecodeStep(
             model,
             lambda hidden: model.logits(hidden)[:, :VOCAB_SIZE],
@@ -390,6 +419,7 @@ def make_step(model: GPT, *, device: str, max_num_sequences: int = 4) -> DecodeS
             PagedAttention,
             max_num_sequences=max_num_sequences,
             vocab_size=VOCAB_SIZE,
+            kernels=kernels,
         )
 
 
@@ -425,13 +455,13 @@ def test_several_rounds_read_nothing_back_to_the_host(kind: SamplingParams) -> N
 
 @pytest.mark.parametrize("sampling", [Sampling.GREEDY, Sampling.PLAIN, Sampling.FILTERED])
 @torch.inference_mode()
-def test_the_step_runs_on_without_the_host(sampling: Sampling) -> None:
+def test_the_step_runs_on_without_the_host(sampling: Sampling, kernels: StepKernels) -> None:
     """What it leaves in its buffers is all that the next one needs."""
     engine = make_engine(attention=PagedAttention)
     kind = {Sampling.GREEDY: GREEDY, Sampling.PLAIN: PLAIN, Sampling.FILTERED: FILTERED}[sampling]
     prompt = [3]
     expected = drawn(engine, [Request(prompt, kind)])[0][0][0]
-    step = make_step(tiny_gpt(CONFIG), device="cpu")
+    step = make_step(tiny_gpt(CONFIG), device="cpu", kernels=kernels)
     integers, shares, tables, slots = step.static_buffers
     where = [buffer.data_ptr() for buffer in step.static_buffers]
     integers[:, 2] = torch.tensor([prompt[0], 0, kind.seed, 0, kind.top_k or VOCAB_SIZE])
@@ -446,9 +476,49 @@ def test_the_step_runs_on_without_the_host(sampling: Sampling) -> None:
     assert not integers[:, -1].any(), "padding stays where it is"
 
 
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize("sampling", Sampling)
 @torch.inference_mode()
-def test_padding_writes_to_the_null_block_alone() -> None:
-    step = make_step(tiny_gpt(CONFIG), device="cpu")
+def test_a_step_by_kernels_leaves_all_memory_as_the_definition_does(
+    sampling: Sampling, kernels: StepKernels
+) -> None:
+    """Some rows beside padding, one of them broken, over several steps."""
+    model = tiny_gpt(CONFIG)
+    with torch.no_grad():
+        model.wpe.weight[9] = torch.nan
+    ours, theirs = (
+        make_step(model, device="cpu", max_num_sequences=6, kernels=some)
+        for some in (kernels, BY_DEFINITION)
+    )
+    for step in (ours, theirs):
+        integers, shares, tables, chosen = step.static_buffers
+        for slot, (kind, position) in enumerate(
+            [(GREEDY, 5), (PLAIN, 30), (GREEDY, 8), (FILTERED, CONFIG.n_ctx - 2), (PLAIN, 7)]
+        ):
+            top_k = kind.top_k or VOCAB_SIZE
+            integers[:, slot] = torch.tensor([40 + slot, position, kind.seed, slot, top_k])
+            shares[:, slot] = torch.tensor([kind.temperature, kind.top_p, kind.min_p])
+            tables[slot] = torch.arange(16 * slot + 16, 16 * slot, -1)
+        chosen[:5] = torch.tensor([4, 0, 2, 3, 1])
+
+    for number in range(4):
+        found, expected = ours.run(6, sampling), theirs.run(6, sampling)
+
+        assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+        if sampling == Sampling.BY_HOST:
+            for step in (ours, theirs):
+                step.feed(torch.tensor([11, 22, 33, 44, 55]))
+        elif number == 1:
+            assert (found == NOT_FINITE).tolist() == [False, False, True, False, False, False]
+        for mine, yours in zip(ours.static_buffers, theirs.static_buffers, strict=True):
+            assert torch.equal(mine, yours)
+        for mine, yours in ((ours.cache.k, theirs.cache.k), (ours.cache.v, theirs.cache.v)):
+            assert torch.equal(mine.nan_to_num(7.0), yours.nan_to_num(7.0))
+
+
+@torch.inference_mode()
+def test_padding_writes_to_the_null_block_alone(kernels: StepKernels) -> None:
+    step = make_step(tiny_gpt(CONFIG), device="cpu", kernels=kernels)
     before = step.cache.k.clone()
 
     step.run(4, Sampling.PLAIN)
@@ -458,8 +528,8 @@ def test_padding_writes_to_the_null_block_alone() -> None:
 
 
 @torch.inference_mode()
-def test_a_row_at_the_end_of_the_context_stays_there() -> None:
-    step = make_step(tiny_gpt(CONFIG), device="cpu")
+def test_a_row_at_the_end_of_the_context_stays_there(kernels: StepKernels) -> None:
+    step = make_step(tiny_gpt(CONFIG), device="cpu", kernels=kernels)
     integers, _, _, slots = step.static_buffers
     integers[1, 0] = CONFIG.n_ctx - 1
     slots[0] = 0
