@@ -164,7 +164,7 @@ def _end_pairs(bench: Workbench, dtype: torch.dtype) -> Iterable[tuple[str, Tens
     drawn = torch.arange(len(chosen))
 
     slots = Slots(integers, shares, tables)
-    on_device = Slots(*(t.to(bench.device) for t in (integers, shares, tables)))
+    on_device = Slots(*(t.to(bench.device, copy=True) for t in (integers, shares, tables)))
     theirs = step_ends.begin(model, slots, chosen, 16)
     ours = step_triton.begin(
         copy.deepcopy(model).to(bench.device), on_device, chosen.to(bench.device), 16

@@ -13,7 +13,7 @@ from benchmarks.gpu.__main__ import PARTS, run
 from benchmarks.gpu.checks import check_kernels, check_rounds
 from benchmarks.gpu.draws import check_draws, time_draws
 from benchmarks.gpu.report import GOALS, Goal, Report
-from benchmarks.gpu.times import kernels_in_steps
+from benchmarks.gpu.times import count_kernels
 from benchmarks.gpu.workbench import Workbench
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,13 +55,18 @@ def test_kernels_are_compared_and_found_right() -> None:
     assert report.parts[0].count("| pass |") == 31
 
 
-def test_kernels_are_counted_from_a_step_s_beginning_to_its_end() -> None:
-    step = ["_begin_kernel", "_linear_kernel", "_peaks_kernel", "_finish_kernel"]
-    cut, between = step[2:], ["Memcpy HtoD (Pinned -> Device)", "index_put"]
+def test_kernels_are_counted_in_whole_steps() -> None:
+    layers = ["_layer_norm_kernel", "_decode_kernel", "_linear_kernel", "_linear_kernel"]
+    head = ["_layer_norm_kernel", "_linear_kernel"]
+    step = ["_begin_kernel", *layers, *head, "_peaks_kernel", "_finish_kernel"]
+    cut, between = step[4:], ["Memcpy HtoD (Pinned -> Device)", "index_put"]
+    filled = [step[0], "fill", *step[1:]]
 
-    counts = kernels_in_steps([*cut, *step, *between, step[0], "fill", *step[1:], *step[:3]])
+    plain = count_kernels([*cut, *step, *between, *step, *step[:3]])
+    longer = count_kernels([*cut, *filled, *between])
 
-    assert counts == [4, 5]
+    assert plain == (4, 5)
+    assert longer == (4, 6)
 
 
 def test_draws_are_compared_and_found_right() -> None:
