@@ -109,7 +109,8 @@ def compile_kernel(
             is_cached = cache is not None and name.startswith("cache_")
             signature[name] = types.get(name, f"*{cache if is_cached else values}")
         # As a launch finds it out: addresses and strides are multiples of 16.
-        if signature[name].startswith("*") or name.endswith("_stride"):
+        is_stride = signature[name] == "i32" and name.endswith("_stride")
+        if signature[name].startswith("*") or is_stride:
             hints[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         fn=kernel,
