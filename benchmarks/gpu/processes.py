@@ -19,7 +19,7 @@ def supervise(
     *,
     out: Path,
     limit_seconds: float,
-    grace_seconds: float = 20,
+    grace_seconds: float = 30,
     start_seconds: float = 60,
 ) -> None:
     """Run `command` with the first part it shall run, until all parts have run; fill the report.
