@@ -53,23 +53,29 @@ class _Rows:
 def check_draws(bench: Workbench, report: Report) -> None:
     """Compare draws with the definition's, and those of a few rows with those among many."""
     num_rows = 5 if bench.is_smoke else 256
-    found = []
-    for shape in ("flat", "peaked", "tied"):
-        logits = _make_logits(bench, shape, num_rows)
-        for name, kind in {**_KINDS, "all of these": None}.items():
-            rows = _make_rows(bench, logits, kind)
-            if name == "all of these":
-                rows = dataclasses.replace(rows, filters=_mixed_filters(bench, num_rows))
-            drawn = rows.draw(draw_triton.draw)
-            num_other = int((drawn != rows.draw(draw_by_definition)).sum())
-            few = [rows.some(slice(1, 2)), rows.some(slice(2, 5))]
-            alone = torch.cat([one.draw(draw_triton.draw) for one in few])
-            is_same = torch.equal(alone, drawn[1:5])
-            verdict = "pass" if num_other == 0 and is_same else "FAIL"
-            found.append((shape, name, num_other, "yes" if is_same else "NO", verdict))
-    headings = ("logits", "filters", f"other tokens of {num_rows}", "the same in few", "verdict")
-    report.add_table(headings, found)
+    found: list[tuple[object, ...]] = []
+    try:
+        for shape in ("flat", "peaked", "tied"):
+            logits = _make_logits(bench, shape, num_rows)
+            for name, kind in {**_KINDS, "all of these": None}.items():
+                rows = _make_rows(bench, logits, kind)
+                if name == "all of these":
+                    rows = dataclasses.replace(rows, filters=_mixed_filters(bench, num_rows))
+                found.append((shape, name, *_compare(rows)))
+    finally:  # what was found before a failure says where it lies
+        headings = ("logits", "filters", f"other tokens of {num_rows}", "the same in few")
+        report.add_table((*headings, "verdict"), found)
     report.values["draws"] = float(all(row[-1] == "pass" for row in found))
+
+
+def _compare(rows: _Rows) -> tuple[int, str, str]:
+    drawn = rows.draw(draw_triton.draw)
+    num_other = int((drawn != rows.draw(draw_by_definition)).sum())
+    few = [rows.some(slice(1, 2)), rows.some(slice(2, 5))]
+    alone = torch.cat([one.draw(draw_triton.draw) for one in few])
+    is_same = torch.equal(alone, drawn[1:5])
+    verdict = "pass" if num_other == 0 and is_same else "FAIL"
+    return num_other, "yes" if is_same else "NO", verdict
 
 
 def time_draws(bench: Workbench, report: Report) -> None:

@@ -1,7 +1,9 @@
 """The report of a run on a GPU: Markdown as it grows, and goals with their verdicts."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +79,20 @@ class Report:
     def markdown(self) -> str:
         """The whole report, goals first."""
         return "\n\n".join(["# The GPU path", "## Goals", self.goals(), *self.parts]) + "\n"
+
+    def save(self, out: Path, place: int) -> None:
+        """Write `gpu.md`, and `gpu.json` for another process that goes on after part `place`."""
+        (out / "gpu.md").write_text(self.markdown(), encoding="utf-8")
+        state = json.dumps({"place": place, "parts": self.parts, "values": self.values})
+        (out / "gpu.json.new").write_text(state, encoding="utf-8")
+        (out / "gpu.json.new").replace(out / "gpu.json")  # whoever reads it reads all of it
+
+    def load(self, out: Path) -> int | None:
+        """Take over what was saved; returns the part that ran last, None where none has begun."""
+        try:
+            state = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        self.parts, self.values = state["parts"], state["values"]
+        place: int = state["place"]
+        return place

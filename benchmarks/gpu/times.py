@@ -135,30 +135,34 @@ def profile_step(bench: Workbench, report: Report) -> None:
             for event in events[:25]
         ),
     )  # fmt: skip
-    names = ("_layer_norm_kernel", "_linear_kernel", "_decode_kernel")
-    in_layers = sum(e.count for e in events if e.key.startswith(names)) / num_steps
-    in_layers -= 2  # ln_f and the head are of these kinds too
-    report.values["layer"] = in_layers / bench.config.n_layer
     on_device = [event for event in profile.events() if event.device_type.name == "CUDA"]
     on_device.sort(key=lambda event: event.time_range.start)
-    in_steps = kernels_in_steps([event.name for event in on_device])
-    report.values["around"] = statistics.median(in_steps) - in_layers
+    in_layers, around = count_kernels([event.name for event in on_device])
+    report.values["layer"] = in_layers / bench.config.n_layer
+    report.values["around"] = around
 
 
-def kernels_in_steps(names: Sequence[str]) -> list[int]:
-    """How many kernels each whole decode step has, of kernels in order of time.
+def count_kernels(names: Sequence[str]) -> tuple[float, float]:
+    """How many kernels a decode step has in its layers and around them, of kernels by time.
 
-    What the host sends now and then comes between steps.
+    Medians over whole steps: where a profile begins and ends, steps are cut. What the host sends
+    now and then comes between steps.
     """
-    counts: list[int] = []
+    kinds = ("_layer_norm_kernel", "_linear_kernel", "_decode_kernel")
+    counts: list[tuple[int, int]] = []
     first: int | None = None
     for place, name in enumerate(names):
         if name.startswith("_begin_kernel"):
             first = place
         elif name.startswith("_finish_kernel") and first is not None:
-            counts.append(place - first + 1)
+            step = names[first : place + 1]
+            in_layers = sum(one.startswith(kinds) for one in step)
+            in_layers -= 2  # ln_f and the head are of these kinds too
+            counts.append((in_layers, len(step) - in_layers))
             first = None
-    return counts
+    assert counts, "no step has a kernel at its beginning and one at its end"
+    in_layers, around = (statistics.median(column) for column in zip(*counts, strict=True))
+    return in_layers, around
 
 
 def time_variants(bench: Workbench, report: Report) -> None:

@@ -1,6 +1,7 @@
 """The report on a GPU, as far as it can be tried without one."""
 
 import contextlib
+import sys
 import time
 from pathlib import Path
 
@@ -12,8 +13,9 @@ pytest.importorskip("triton", reason="triton comes with torch on CUDA and with t
 from benchmarks.gpu.__main__ import PARTS, run
 from benchmarks.gpu.checks import check_kernels, check_rounds
 from benchmarks.gpu.draws import check_draws, time_draws
+from benchmarks.gpu.processes import supervise
 from benchmarks.gpu.report import GOALS, Goal, Report
-from benchmarks.gpu.times import kernels_in_steps
+from benchmarks.gpu.times import count_kernels
 from benchmarks.gpu.workbench import Workbench
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,13 +57,31 @@ def test_kernels_are_compared_and_found_right() -> None:
     assert report.parts[0].count("| pass |") == 31
 
 
-def test_kernels_are_counted_from_a_step_s_beginning_to_its_end() -> None:
-    step = ["_begin_kernel", "_linear_kernel", "_peaks_kernel", "_finish_kernel"]
-    cut, between = step[2:], ["Memcpy HtoD (Pinned -> Device)", "index_put"]
+def test_a_kernel_that_fails_is_told_and_the_others_are_compared() -> None:
+    report = Report(has_times=False)
+    bench = Workbench(device=DEVICE, is_smoke=True)
+    weight = bench.model.wte.weight
+    weight.data = weight.data.T.contiguous().T  # no kernel takes that
 
-    counts = kernels_in_steps([*cut, *step, *between, step[0], "fill", *step[1:], *step[:3]])
+    check_kernels(bench, report)
 
-    assert counts == [4, 5]
+    assert report.values["kernels"] == 0.0
+    assert "kernels know no stride" in report.parts[0]
+    assert report.parts[-1].count("| FAIL |") == 2
+    assert report.parts[-1].count("| pass |") == 27
+
+
+def test_kernels_are_counted_in_whole_steps() -> None:
+    layers = ["_layer_norm_kernel", "_decode_kernel", "_linear_kernel", "_linear_kernel"]
+    head = ["_layer_norm_kernel", "_linear_kernel"]
+    step = ["_begin_kernel", *layers, *head, "_peaks_kernel", "_finish_kernel"]
+    cut, between = step[4:], ["Memcpy HtoD (Pinned -> Device)", "index_put"]
+    filled = [step[0], "fill", *step[1:]]
+
+    plain = count_kernels([*cut, *step, *between, *step, *step[:3]])
+    longer = count_kernels([*cut, *filled, *between])
+
+    assert [plain, longer] == [(4, 5), (4, 6)]
 
 
 def test_draws_are_compared_and_found_right() -> None:
@@ -114,3 +134,61 @@ def test_a_part_that_fails_or_takes_too_long_is_told_and_the_others_run(tmp_path
     text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert "Went on." not in text
     assert text.index("no such device") < text.index("Stopped:") < text.index("Done.")
+
+
+PROGRAM = """
+import os, pathlib, signal, sys, time
+from benchmarks.gpu.__main__ import DeviceLostError, run
+
+def die(bench, report):
+    report.parts.append("Died.")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def hang(bench, report):  # as in a call that no signal ends
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    time.sleep(60)
+
+def lose(bench, report):
+    def synchronize():
+        raise RuntimeError("an illegal memory access was encountered")
+    bench.synchronize = synchronize
+    synchronize()
+
+def work(bench, report):
+    bench.synchronize()
+    report.values["kernels"] = report.values.get("kernels", 0.0) + 1
+    report.parts.append("Done.")
+
+first, limit = (argument.split("=")[1] for argument in sys.argv[2:])
+parts = ("Works", work), ("Dies", die), ("Hangs", hang), ("Loses", lose), ("Works on", work)
+try:
+    run(
+        device="cpu", is_smoke=True, out=pathlib.Path(sys.argv[1]), limit_seconds=float(limit),
+        parts=tuple((name, part, 0.5) for name, part in parts), first=int(first),
+    )
+except DeviceLostError:
+    sys.exit(3)
+"""
+
+
+def test_what_comes_after_a_part_that_kills_its_process_runs_in_another(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+    report = Report(has_times=False)
+
+    supervise(
+        [sys.executable, str(tmp_path / "program.py"), str(tmp_path)],
+        [0.5] * 5,
+        report,
+        out=tmp_path,
+        limit_seconds=100,
+        grace_seconds=4,
+    )
+
+    text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert report.values == {"kernels": 2.0}
+    assert text == report.markdown()
+    headings = [part[3:] for part in report.parts if part.startswith("## ")]
+    assert headings == ["Works", "Dies", "Hangs", "Loses", "Works on"]
+    assert text.count("The process ended here, with -9:") == 2
+    assert text.index("an illegal memory access") < text.index("ended here, with 3:")
+    assert text.index("ended here, with 3:") < text.index("## Works on")

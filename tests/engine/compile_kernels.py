@@ -6,7 +6,9 @@ for each kernel what the compiler made of it.
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import triton
@@ -69,6 +71,22 @@ def reductions(code: str) -> list[str]:
     return sorted(set(spelled))
 
 
+def bytes_beside_registers(cubin: bytes) -> int | None:
+    """What a thread keeps in memory of its own, as it has too few registers; None: no tool says."""
+    try:
+        tool = triton.knobs.nvidia.cuobjdump.path  # comes with triton, as ptxas does
+    except (AttributeError, RuntimeError):
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+).* LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1]) + int(found[2])
+
+
 def compile_kernel(
     kernel: Any,
     values: str,
@@ -91,7 +109,8 @@ def compile_kernel(
             is_cached = cache is not None and name.startswith("cache_")
             signature[name] = types.get(name, f"*{cache if is_cached else values}")
         # As a launch finds it out: addresses and strides are multiples of 16.
-        if signature[name].startswith("*") or name.endswith("_stride"):
+        is_stride = signature[name] == "i32" and name.endswith("_stride")
+        if signature[name].startswith("*") or is_stride:
             hints[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         fn=kernel,
@@ -108,6 +127,7 @@ def compile_kernel(
         "loads_ahead": "cp.async" in ptx,
         "fits": compiled.metadata.shared <= allowed_bytes,
         "has_code": len(compiled.asm["cubin"]) > 0,
+        "bytes_beside_registers": bytes_beside_registers(compiled.asm["cubin"]),
         "values_in_cache": cache or values,
         "fuses": "fma.rn.f32" in ptx,
         "reductions": reductions(compiled.asm["ttgir"]),
@@ -132,6 +152,8 @@ def main() -> None:
     compile_kernel(_draw_kernel, "fp32", draw, num_warps=4, enable_fp_fusion=False)
     filters = {**draw, "CHUNKS": 1024, "TILE": 4096}
     compile_kernel(_filter_kernel, "fp32", filters, num_warps=16, enable_fp_fusion=False)
+    one_chunk = {**filters, "CHUNKS": 32, "num_chunks": 1}  # of a vocabulary of characters
+    compile_kernel(_filter_kernel, "fp32", one_chunk, num_warps=16, enable_fp_fusion=False)
     begin = {"WIDTH": 768, "PADDED_WIDTH": 1024, "BLOCK_SIZE": 16, "COLDEST": COLDEST}
     compile_kernel(_begin_kernel, "bf16", begin, num_warps=4)
     compile_kernel(_begin_kernel, "fp32", begin, num_warps=4)

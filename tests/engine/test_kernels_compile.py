@@ -60,6 +60,17 @@ def test_every_kernel_compiles_for_a_hopper_chip(kernels: list[dict[str, Any]]) 
             assert kernel["loads_ahead"]
 
 
+def test_no_kernel_spills_its_registers(kernels: list[dict[str, Any]]) -> None:
+    """A kernel whose values do not fit into registers works, many times slower."""
+    if any(kernel["bytes_beside_registers"] is None for kernel in kernels):
+        pytest.skip("this triton comes without cuobjdump, which tells of registers")
+
+    # A pair of addresses, say, a compiler may put aside to have more threads at work.
+    spilled = {k["kernel"] for k in kernels if k["bytes_beside_registers"] > 16}
+
+    assert not spilled
+
+
 def test_the_variants_of_decoding_add_up_in_the_same_order(kernels: list[dict[str, Any]]) -> None:
     """Alone or beside prompts, part by part or in turn: a row must come out in the same bytes."""
     for cache in ("bf16", "fp8e4nv"):
