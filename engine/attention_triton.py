@@ -123,6 +123,7 @@ class TritonPagedAttention:
             D=self._head_size, PADDED_D=self._padded_size, BLOCK_SIZE=cache.block_size,
             QUERIES=num_queries, KEYS=num_keys, OPERAND=operand_type(q.dtype),
             num_warps=4, num_stages=1 if q.dtype == torch.float32 else 2,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
     def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:

@@ -39,6 +39,7 @@ class TritonLayerNorm(nn.Module):
         _layer_norm_kernel[(len(x),)](
             x, self._weight, self._bias, out, self._epsilon,
             WIDTH=width, PADDED_WIDTH=triton.next_power_of_2(width), num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
         return out
 

@@ -98,7 +98,7 @@ class TritonLinear(nn.Module):
             num_rows, num_out, x.stride(0), num_out if residual is None else residual.stride(0),
             IN=self._num_in, ROWS=tile.rows, OUTS=tile.outs, INS=tile.ins,
             ACTIVATION=self._activation, OPERAND=operand_type(x.dtype),
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
         return out
 
