@@ -65,10 +65,13 @@ class PromptStreams:
             stream.close()
 
     def close(self) -> int:
-        """Let go of all that still runs; how many tokens had come and were not taken."""
+        """Let go of all that still runs, and of who listens; how many tokens were not taken."""
         num_tokens = 0
         for stream in self._streams:
             for _, output in stream.take_ready():
                 num_tokens += output.token_id is not None
             stream.close()
+        # They and who listens know us: a request that is over need not wait for a collection.
+        self._streams.clear()
+        self._listener = None
         return num_tokens
