@@ -2,6 +2,7 @@
 
 import asyncio
 import weakref
+from typing import Any
 
 from engine.errors import EngineStopped
 from engine.messages import TokenOutput
@@ -49,9 +50,9 @@ def test_nothing_is_held_once_all_was_let_go_of() -> None:
         def read(self) -> None:
             pass
 
-    async def whom_it_leaves() -> list[Reader | PromptStreams | None]:
+    async def whom_it_leaves() -> list[object]:
         reader = Reader()
-        held = [weakref.ref(reader), weakref.ref(reader.streams)]
+        held: list[weakref.ref[Any]] = [weakref.ref(reader), weakref.ref(reader.streams)]
         reader.streams.close()
         del reader
         await asyncio.sleep(0)  # the end's call is on its way
