@@ -267,7 +267,8 @@ class EngineClient:
         self.on_step(frame)
 
     def _send(self, frame: ToWorker) -> None:
-        if self._writer is not None:
+        # A worker that has died may be noticed here first: the next is given what is live.
+        if self._writer is not None and not self._writer.is_closing():
             self._writer.write(pack(frame))
 
 

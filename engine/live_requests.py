@@ -120,7 +120,7 @@ class LiveRequests:
         request = self._requests.get(request_id)
         if request is None or request.choices[choice].is_finished:
             return
-        self._send(Abort(request_id=request_id, choice=choice))
+        self._give_up(Abort(request_id=request_id, choice=choice))
         self._finish_choice(request, request.choices[choice])
 
     def deliver(self, outputs: Sequence[TokenOutput]) -> None:
@@ -220,7 +220,11 @@ class LiveRequests:
         """Take a request back from the worker; what still arrives of it is ignored."""
         for choice in request.choices:
             self._request_of.pop(choice.seq_id, None)
-        self._send(Abort(request_id=request.request_id))
+        self._give_up(Abort(request_id=request.request_id))
+
+    def _give_up(self, frame: Abort) -> None:
+        if not self._is_held:  # or the worker was not given it, and expects another frame first
+            self._send(frame)
 
     def _finish_choice(self, request: _Request, choice: _Choice) -> None:
         choice.is_finished = True

@@ -23,8 +23,18 @@ class TokenStream:
         self._listener: Callable[[], None] | None = None
         self._is_called_soon = False
         self._close = close
-        self.is_finished = False  # nothing comes behind what is ready
-        self.error: EngineError | None = None  # why, where the engine gave up
+        self._is_finished = False  # nothing comes behind what is ready
+        self._error: EngineError | None = None  # why, where the engine gave up
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all was taken and nothing comes any more."""
+        return self._is_finished and not self._ready
+
+    @property
+    def error(self) -> EngineError | None:
+        """Why the engine gave up, where it did and all that it had brought was taken."""
+        return None if self._ready else self._error
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Have someone called soon after something came or the stream ended; the last one counts.
@@ -32,7 +42,7 @@ class TokenStream:
         Once for all that came together: it can leave together.
         """
         self._listener = listener
-        if self._ready or self.is_finished:
+        if self._ready or self._is_finished:
             self._call_soon()
 
     def take_ready(self) -> list[tuple[int, TokenOutput]]:
@@ -47,9 +57,9 @@ class TokenStream:
     async def __anext__(self) -> tuple[int, TokenOutput]:
         """Raises EngineError where the engine gives up."""
         while not self._ready:
-            if self.error is not None:
-                raise self.error
-            if self.is_finished:
+            if self._error is not None:
+                raise self._error
+            if self._is_finished:
                 raise StopAsyncIteration
             await self._wait()
         return self._ready.popleft()
@@ -62,7 +72,7 @@ class TokenStream:
 
     def close(self) -> None:
         """Give the request up; does nothing once it has finished."""
-        if not self.is_finished:
+        if not self._is_finished:
             self.finish()
             self._close()
 
@@ -73,8 +83,8 @@ class TokenStream:
 
     def finish(self, error: EngineError | None = None) -> None:
         """End the stream behind what was delivered; for its maker alone."""
-        self.is_finished = True
-        self.error = error
+        self._is_finished = True
+        self._error = error
         self._call_soon()
 
     def _call_soon(self) -> None:

@@ -85,7 +85,7 @@ class Generation:
             error = self.streams.error
             if error is not None:
                 raise from_engine(error) from error
-            if not self.streams.are_finished:
+            if not self.streams.have_ended:
                 return True
         if self.given_up is not None and self.given_up[1] is not None:
             raise self.given_up[1]

@@ -1,7 +1,6 @@
 """HTTP on a socket, as uvicorn does it, with bounds on a request's head and our shape of errors."""
 
 import asyncio
-import functools
 import re
 from collections import deque
 from typing import Any
@@ -86,6 +85,10 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
         if not self._is_in_head:  # not the connection's first
             self._start_head()
+        # ASGI's place for what servers offer beyond it.
+        self.scope["extensions"] = {
+            "kvik.connection": {"write": self._write_chunk, "abort": self.transport.abort}
+        }
 
     def on_headers_complete(self) -> None:
         """See HttpToolsProtocol."""
@@ -101,13 +104,6 @@ class HttpProtocol(HttpToolsProtocol):
             while self._cycles and self._cycles[0].response_complete:
                 self._cycles.popleft()
             self._cycles.append(self.cycle)
-            # ASGI's place for what servers offer beyond it.
-            self.scope["extensions"] = {
-                "kvik.connection": {
-                    "write": functools.partial(self._write_chunk, self.cycle),
-                    "abort": self.transport.abort,
-                }
-            }
 
     def on_body(self, body: bytes) -> None:
         """See HttpToolsProtocol."""
@@ -126,12 +122,13 @@ class HttpProtocol(HttpToolsProtocol):
         """Answer what is no HTTP."""
         self._refuse(InvalidRequest("This is not an HTTP request that can be understood."))
 
-    def _write_chunk(self, cycle: RequestResponseCycle, data: bytes) -> bool:
-        """Write a part of a chunked reply that has begun; False where the client is behind.
+    def _write_chunk(self, data: bytes) -> bool:
+        """Write a part of the chunked reply that has begun; False where the client is behind.
 
-        What ASGI's `send` does, but for waiting, and past all that lies between it and us.
+        What ASGI's `send` does, but for waiting, and past all that lies between it and us. As it
+        does, pass over what nobody can read any more.
         """
-        if cycle.disconnected:
+        if self.transport.is_closing():
             return True
         if self.flow.write_paused:
             return False

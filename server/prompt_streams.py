@@ -47,13 +47,17 @@ class PromptStreams:
 
     @property
     def error(self) -> EngineError | None:
-        """Why the engine gave up, if it did."""
+        """Why the engine gave up, if it did and all that had come before was taken."""
         return next((stream.error for stream in self._streams if stream.error is not None), None)
 
     @property
-    def are_finished(self) -> bool:
-        """Whether nothing comes any more behind what can be taken."""
-        return all(stream.is_finished for stream in self._streams)
+    def have_ended(self) -> bool:
+        """Whether all was taken and nothing comes any more.
+
+        A stream may have finished and not have called yet: who takes just then, after another's
+        call or of his own accord, does not find what it brought last.
+        """
+        return all(stream.has_ended for stream in self._streams)
 
     def give_up(self) -> None:
         """Close every stream; who listens is called, and finds the end behind what had come."""
@@ -61,10 +65,13 @@ class PromptStreams:
             stream.close()
 
     def close(self) -> int:
-        """Let go of all that still runs; how many tokens had come and were not taken."""
+        """Let go of all that still runs, and of who listens; how many tokens were not taken."""
         num_tokens = 0
         for stream in self._streams:
             for _, output in stream.take_ready():
                 num_tokens += output.token_id is not None
             stream.close()
+        # They and who listens know us: a request that is over need not wait for a collection.
+        self._streams.clear()
+        self._listener = None
         return num_tokens

@@ -195,7 +195,7 @@ class Service:
         )
         self.timelines = Timelines(config.num_timelines)
         self.generations: set[Generation] = set()  # accepted and not finished
-        self.streams: set[EventStream] = set()  # those of them that stream
+        self.streams: set[EventStream] = set()  # until the last byte has left
         self.num_in_flight = 0  # completion requests, from arrival to outcome
         self.idle = asyncio.Event()
         self.is_draining = False

@@ -170,34 +170,38 @@ class EventStream(Response):
         connection = scope.get("extensions", {}).get("kvik.connection", {})
         self._write = connection.get("write", self._write)
         self._abort_connection = connection.get("abort", self._abort_connection)
-        error: ApiError | None = None
+        last = b""
+        self._streams.add(self)
         try:
-            with self._running():
-                watcher = asyncio.create_task(watch_client(receive, self.generation))
-                self._streams.add(self)
-                try:
-                    headers = [*_HEADERS, *self._headers_besides()]
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
-                    self.last_sent_at = time.monotonic()
-                    self.generation.listen(self._go_on)
-                    await self._ended
-                    if self.generation.given_up is None:
-                        assert self._frames is not None, "every choice ends with an output"
-                        await self._send_body(self._frames.tail())
-                finally:
-                    watcher.cancel()
-                    if self._sending is not None:
-                        self._sending.cancel()
-                    self._streams.discard(self)
-                    self.generation.close()
-        except ApiError as raised:
-            error = raised
-        except Exception:  # after the first byte, there is only this way to say it
-            logger.exception("stream failed id=%s", self.generation.id)
-            error = InternalError()
-        if error is not None:
-            await self._send_body(error_event(error))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            try:
+                with self._running():
+                    await self._stream(receive)
+            except ApiError as error:
+                last = error_event(error)
+            except Exception:  # after the first byte, there is only this way to say it
+                logger.exception("stream failed id=%s", self.generation.id)
+                last = error_event(InternalError())
+            await self._send_body(last, more_body=False)
+        finally:
+            self._streams.discard(self)
+
+    async def _stream(self, receive: Receive) -> None:
+        assert self._send is not None
+        watcher = asyncio.create_task(watch_client(receive, self.generation))
+        try:
+            headers = [*_HEADERS, *self._headers_besides()]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            self.last_sent_at = time.monotonic()
+            self.generation.listen(self._go_on)
+            await self._ended
+            if self.generation.given_up is None:
+                assert self._frames is not None, "every choice ends with an output"
+                await self._send_body(self._frames.tail())
+        finally:
+            watcher.cancel()
+            if self._sending is not None:
+                self._sending.cancel()
+            self.generation.close()
 
     def _headers_besides(self) -> list[tuple[bytes, bytes]]:
         """Headers that others set on this reply."""
@@ -242,16 +246,16 @@ class EventStream(Response):
                 self._ended.set_exception(error)
         self._go_on()
 
-    async def _send_body(self, data: bytes) -> None:
+    async def _send_body(self, data: bytes, *, more_body: bool = True) -> None:
         assert self._send is not None
         self.sending_since = time.monotonic()
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        await self._send({"type": "http.response.body", "body": data, "more_body": more_body})
         self.sending_since = 0.0
         self.last_sent_at = time.monotonic()
 
     async def ping(self) -> None:
         """Show a client, and the proxies on the way, that a silent stream lives."""
-        if not self.sending_since and self.last_sent_at:
+        if self.last_sent_at and not (self.sending_since or self._ended.done()):
             await self._send_and_go_on(_PING)
 
     def drop(self) -> None:

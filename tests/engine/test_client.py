@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from engine.client import EngineClient, EngineState
 from engine.config import EngineConfig, LaunchConfig
@@ -38,10 +39,11 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> LaunchConfig:
 
 
 def in_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run an async test, and end it rather than wait for ever."""
+    """Run an async test in the server's kind of loop, and end it rather than wait for ever."""
 
     def run_test(launch: LaunchConfig) -> None:
-        asyncio.run(asyncio.wait_for(test(launch), timeout=120))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(asyncio.wait_for(test(launch), timeout=120))
 
     run_test.__name__ = test.__name__
     return run_test
@@ -160,6 +162,20 @@ async def test_killed_at_random_moments_every_request_continues_as_it_would_have
 
         assert client.num_restarts == 4
         assert found == expected_tokens(wanted)
+
+
+@in_time
+async def test_requests_may_come_and_go_while_a_worker_is_replaced(launch: LaunchConfig) -> None:
+    async with started(launch) as client:
+        for restarts in (1, 2):
+            kill_worker(client)
+            while client.num_restarts < restarts or client.state != EngineState.READY:
+                client.submit("passes by", [1, 2], params(seed=1)).close()
+                await asyncio.sleep(0)
+
+            assert client.num_restarts == restarts
+        wanted = requests(1)
+        assert await submit_all(client, wanted)[0] == expected_tokens(wanted)[0]
 
 
 @in_time

@@ -64,6 +64,19 @@ def test_what_comes_before_there_is_a_worker_is_held() -> None:
     assert len(frames) == len(live) == 1
 
 
+def test_what_is_given_up_while_there_is_no_worker_concerns_none() -> None:
+    record = Record("leaves", "ends a choice")
+    record.live.hold()
+    record.frames.clear()
+
+    record.streams["leaves"].close()
+    record.live.abort_choice("ends a choice", 0)
+    before = list(record.frames)
+    record.live.give_out()
+
+    assert before == record.frames == []
+
+
 def test_the_next_worker_is_told_what_was_delivered_and_of_what_is_unfinished_alone() -> None:
     record = Record("ends")
     record.add("goes on", num_choices=2)

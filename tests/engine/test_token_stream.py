@@ -51,7 +51,7 @@ async def test_what_comes_together_is_one_call_and_so_is_the_end() -> None:
 
     assert before == []  # never within `put`
     assert listener.taken == [[1, 2], [3]]
-    assert stream.is_finished
+    assert stream.has_ended
 
 
 @in_a_loop

@@ -1,0 +1,61 @@
+"""Several prompts' streams as one: what has come, and when all have ended."""
+
+import asyncio
+import weakref
+from typing import Any
+
+from engine.errors import EngineStopped
+from engine.messages import TokenOutput
+from engine.token_stream import TokenStream
+from server.prompt_streams import PromptStreams
+
+
+def token(token_id: int) -> TokenOutput:
+    return TokenOutput(seq_id=0, token_id=token_id)
+
+
+def test_the_end_is_behind_what_was_brought_last_whoever_takes_when() -> None:
+    async def take_in_between() -> list[tuple[list[int], bool, bool]]:
+        streams = PromptStreams()
+        first, second = TokenStream(lambda: None), TokenStream(lambda: None)
+        streams.add(first)
+        streams.add(second)
+        first.put(0, token(1))
+        first.finish()
+        await asyncio.sleep(0)
+        second.put(0, token(2))
+        second.finish(EngineStopped())  # its call is on its way
+        found = []
+        for _ in range(3):
+            places = [place for place, _ in streams.take()]
+            found.append((places, streams.have_ended, streams.error is not None))
+            if not places:
+                await asyncio.sleep(0)
+        return found
+
+    assert asyncio.run(take_in_between()) == [
+        ([0], False, False),
+        ([], False, False),
+        ([1], True, True),
+    ]
+
+
+def test_nothing_is_held_once_all_was_let_go_of() -> None:
+    class Reader:
+        def __init__(self) -> None:
+            self.streams = PromptStreams()
+            self.streams.add(TokenStream(lambda: None))
+            self.streams.listen(self.read)
+
+        def read(self) -> None:
+            pass
+
+    async def whom_it_leaves() -> list[object]:
+        reader = Reader()
+        held: list[weakref.ref[Any]] = [weakref.ref(reader), weakref.ref(reader.streams)]
+        reader.streams.close()
+        del reader
+        await asyncio.sleep(0)  # the end's call is on its way
+        return [reference() for reference in held]
+
+    assert asyncio.run(whom_it_leaves()) == [None, None]

@@ -1,0 +1,110 @@
+"""A streamed reply on its own, with a connection that a test plays."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from server.protocol.requests import CompletionRequest
+from server.routes import start_completion
+from server.served_model import ServedModel
+from server.service import Service
+from server.streaming import EventStream
+from tests.server.conftest import make_service
+
+
+class Connection:
+    """Takes what is sent, and what is written past ASGI where it may be."""
+
+    def __init__(self, write: Callable[[bytes], bool] | None = None) -> None:
+        self.body = b""
+        self.takes_the_end = asyncio.Event()
+        self.takes_the_end.set()
+        self.has_ended = False
+        self.scope: dict[str, Any] = {"type": "http"}
+        if write is not None:
+            self.scope["extensions"] = {"kvik.connection": {"write": write}}
+
+    async def receive(self) -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(self, message: Any) -> None:
+        assert not self.has_ended
+        if not message.get("more_body", True):
+            await self.takes_the_end.wait()
+        self.body += message.get("body", b"")
+        self.has_ended = message["type"].endswith("body") and not message["more_body"]
+
+
+async def begin(service: Service) -> EventStream:
+    account = service.open_account(request_id="a", salt=b"")
+    body = CompletionRequest(model="tiny", prompt="a", max_tokens=3, stream=True)
+    return service.keep(await start_completion(service, account, body, b""), account)
+
+
+def test_a_ping_that_comes_too_late_is_not_sent(served: ServedModel) -> None:
+    async def ping_behind_the_end() -> bytes:
+        connection = Connection()
+        stream = await begin(make_service(served))
+        await stream(connection.scope, connection.receive, connection.send)
+        connection.has_ended = False
+        await stream.ping()
+        return connection.body
+
+    assert asyncio.run(ping_behind_the_end()).endswith(b"data: [DONE]\n\n")
+
+
+def test_what_came_last_leaves_before_the_end_whatever_goes_on_just_then(
+    served: ServedModel,
+) -> None:
+    async def ping_all_the_time() -> bytes:
+        connection = Connection()
+        stream = await begin(make_service(served))
+        running = asyncio.create_task(stream(connection.scope, connection.receive, connection.send))
+        while not running.done():
+            await stream.ping()
+            await asyncio.sleep(0)
+        await running
+        return connection.body
+
+    body = asyncio.run(ping_all_the_time())
+
+    assert b'"finish_reason":"length"' in body
+    assert body.replace(b": still here\n\n", b"").endswith(b"data: [DONE]\n\n")
+
+
+def test_who_does_not_even_take_the_end_is_watched_as_well(served: ServedModel) -> None:
+    async def stall_at_the_end() -> tuple[bool, bool]:
+        connection = Connection()
+        connection.takes_the_end.clear()
+        service = make_service(served)
+        stream = await begin(service)
+        running = asyncio.create_task(stream(connection.scope, connection.receive, connection.send))
+        while service.num_in_flight:
+            await asyncio.sleep(0)
+        is_watched = service.streams == {stream} and stream.sending_since > 0
+        connection.takes_the_end.set()
+        await running
+        return is_watched, service.streams == set()
+
+    assert asyncio.run(stall_at_the_end()) == (True, True)
+
+
+def test_a_mistake_while_sending_ends_the_stream_with_an_error_and_closes_the_books(
+    served: ServedModel,
+) -> None:
+    def fail(data: bytes) -> bool:
+        raise RuntimeError("of ours")
+
+    async def run() -> tuple[bytes, bool, int]:
+        connection = Connection(fail)
+        service = make_service(served)
+        stream = await begin(service)
+        await stream(connection.scope, connection.receive, connection.send)
+        return connection.body, connection.has_ended, service.num_in_flight
+
+    body, has_ended, num_in_flight = asyncio.run(run())
+
+    assert body.startswith(b'data: {"error":')
+    assert has_ended
+    assert num_in_flight == 0
