@@ -21,7 +21,7 @@ from engine.sampling_params import SamplingParams
 from engine.token_stream import TokenStream
 from server.admission import Admission, Permit
 from server.config import ServerConfig
-from server.errors import ApiError, DeadlinePassed, Unavailable
+from server.errors import ApiError, DeadlinePassed, InternalError, Unavailable
 from server.generation import Generation
 from server.metrics import Metrics, Outcome
 from server.served_model import ServedModel
@@ -283,6 +283,9 @@ class Service:
             yield
         except ApiError as error:
             failure = error
+            raise
+        except Exception:  # a mistake of ours, and no departure of the client's
+            failure = InternalError()
             raise
         finally:
             if deadline is not None:

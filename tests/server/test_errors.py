@@ -463,8 +463,10 @@ def test_a_mistake_of_ours_is_a_500_of_the_same_shape(serve: Serve) -> None:
     with serve(script) as (client, _):
         whole = client.post(URL, json=GOOD)
         stream = client.post(URL, json={**GOOD, "stream": True})
+        metrics = client.get("/metrics").text
 
     assert whole.status_code == 500
+    assert 'kvik_requests_finished_total{outcome="error"} 2.0' in metrics
     assert check_shape(whole)["code"] == "internal_error"
     assert whole.headers["x-request-id"]
     assert '"internal_error"' in stream.text
