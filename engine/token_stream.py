@@ -5,7 +5,7 @@ For one event loop. Knows no process and no text, and no request but by how to g
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 from engine.errors import EngineError
 from engine.messages import TokenOutput
@@ -14,7 +14,7 @@ from engine.messages import TokenOutput
 class TokenStream:
     """The outputs of one request, as (choice, output) in the order they were made.
 
-    Listen and take, or iterate once; it ends when every choice has.
+    Listen and take; it ends when every choice has.
     """
 
     def __init__(self, close: Callable[[], None]) -> None:
@@ -50,25 +50,6 @@ class TokenStream:
         ready = list(self._ready)
         self._ready.clear()
         return ready
-
-    def __aiter__(self) -> AsyncIterator[tuple[int, TokenOutput]]:
-        return self
-
-    async def __anext__(self) -> tuple[int, TokenOutput]:
-        """Raises EngineError where the engine gives up."""
-        while not self._ready:
-            if self._error is not None:
-                raise self._error
-            if self._is_finished:
-                raise StopAsyncIteration
-            await self._wait()
-        return self._ready.popleft()
-
-    async def _wait(self) -> None:
-        """Wait until something comes or the stream ends."""
-        called: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.listen(lambda: None if called.done() else called.set_result(None))
-        await called
 
     def close(self) -> None:
         """Give the request up; does nothing once it has finished."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from engine.errors import EngineError
 from engine.messages import TokenOutput
 from server.errors import ApiError, EngineFailed, from_engine
 from server.metrics import Metrics, Outcome
@@ -81,12 +82,11 @@ class Generation:
 
     def _goes_on(self) -> bool:
         """Whether something is still to come, where nothing has."""
-        if self._num_unfinished:
-            error = self.streams.error
-            if error is not None:
-                raise from_engine(error) from error
-            if not self.streams.have_ended:
+        try:
+            if self._num_unfinished and self.streams.go_on():
                 return True
+        except EngineError as error:
+            raise from_engine(error) from error
         if self.given_up is not None and self.given_up[1] is not None:
             raise self.given_up[1]
         return False
@@ -95,13 +95,9 @@ class Generation:
         """Take in all that comes, up to the end. Raises ApiError as `take` does."""
         while (choices := self.take()) is not None:
             if not choices:
-                await self._wait()
-
-    async def _wait(self) -> None:
-        """Wait until there is something to take, or the end."""
-        called: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.listen(lambda: None if called.done() else called.set_result(None))
-        await called
+                called = asyncio.Event()
+                self.listen(called.set)
+                await called.wait()
 
     def close(self) -> None:
         """Let go of what still runs; does nothing once all has ended."""

@@ -4,7 +4,6 @@ import asyncio
 import functools
 from collections.abc import Callable
 
-from engine.errors import EngineError
 from engine.messages import TokenOutput
 from engine.token_stream import TokenStream
 
@@ -45,19 +44,19 @@ class PromptStreams:
         self._stirred.clear()
         return [arrival for arrival in arrivals if arrival[1]]
 
-    @property
-    def error(self) -> EngineError | None:
-        """Why the engine gave up, if it did and all that had come before was taken."""
-        return next((stream.error for stream in self._streams if stream.error is not None), None)
-
-    @property
-    def have_ended(self) -> bool:
-        """Whether all was taken and nothing comes any more.
+    def go_on(self) -> bool:
+        """Whether anything is still to come, or has come and was not taken yet.
 
         A stream may have finished and not have called yet: who takes just then, after another's
-        call or of his own accord, does not find what it brought last.
+        call or of his own accord, does not find what it brought last. Raises EngineError where the
+        engine gave up, once all was taken that had come before.
         """
-        return all(stream.has_ended for stream in self._streams)
+        is_open = False
+        for stream in self._streams:
+            if stream.error is not None:
+                raise stream.error
+            is_open = is_open or not stream.has_ended
+        return is_open
 
     def give_up(self) -> None:
         """Close every stream; who listens is called, and finds the end behind what had come."""

@@ -19,8 +19,8 @@ from engine.client import EngineClient, EngineState
 from engine.config import EngineConfig, LaunchConfig
 from engine.errors import EngineDied, EngineStopped, PromptTooLong, StartRefused, TokenOutOfRange
 from engine.sampling_params import SamplingParams
-from engine.token_stream import TokenStream
 from tests.engine.engines import Request, make_engine, random_prompt, run
+from tests.engine.streams import first_of, ids_of, outputs_of
 from tests.tiny_models import tiny_checkpoint, tiny_config, tiny_gpt
 
 CONFIG = tiny_config(n_layer=3, n_embd=64, n_ctx=512)
@@ -59,11 +59,6 @@ async def started(launch: LaunchConfig, **options: Any) -> AsyncIterator[EngineC
         await client.stop()
 
 
-async def tokens_of(stream: TokenStream) -> list[int]:
-    """All tokens of a request with one choice."""
-    return [output.token_id async for _, output in stream if output.token_id is not None]
-
-
 def params(seed: int, max_tokens: int = 200) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, seed=seed, ignore_eos=True)
 
@@ -84,7 +79,7 @@ def expected_tokens(wanted: list[Request]) -> list[list[int]]:
 def submit_all(client: EngineClient, wanted: list[Request]) -> list[asyncio.Task[list[int]]]:
     return [
         asyncio.ensure_future(
-            tokens_of(client.submit(f"request-{index}", request.prompt_ids, request.params))
+            ids_of(client.submit(f"request-{index}", request.prompt_ids, request.params))
         )
         for index, request in enumerate(wanted)
     ]
@@ -130,7 +125,7 @@ async def test_a_request_may_have_more_choices_than_run_at_once(launch: LaunchCo
     async with started(launch) as client:
         stream = client.submit("many", [1, 2], params(1, 5), num_choices=40)
         counts = [0] * 40
-        async for choice, _ in stream:
+        async for choice, _ in outputs_of(stream):
             counts[choice] += 1
 
         assert counts == [5] * 40
@@ -222,7 +217,7 @@ async def test_only_the_request_that_kills_the_engine_alone_is_failed(
         # Without a token, not even bos: the server never sends that, and the engine dies of it.
         poison = client.submit("poison", [], params(0))
         with pytest.raises(EngineDied, match="ended with"):
-            await tokens_of(poison)
+            await ids_of(poison)
         found = await asyncio.gather(*tasks)
 
         assert found == expected_tokens(wanted)
@@ -251,7 +246,7 @@ async def test_an_idle_worker_is_not_taken_for_hung(launch: LaunchConfig) -> Non
         await asyncio.sleep(3.0)
         stream = client.submit("late", [1, 2, 3], params(0, 5))
 
-        assert len(await tokens_of(stream)) == 5
+        assert len(await ids_of(stream)) == 5
         assert client.num_restarts == 0
 
 
@@ -260,10 +255,10 @@ async def test_a_closed_stream_frees_its_blocks(launch: LaunchConfig) -> None:
     async with started(launch) as client:
         stream = client.submit("left", [1, 2, 3], params(0, 500))
         other = client.submit("stays", [4, 5, 6], params(1, 60))
-        await anext(stream)
+        await first_of(stream)
         stream.close()
         stream.close()
-        await tokens_of(other)
+        await ids_of(other)
 
         assert client.num_live_requests == 0
         assert client.stats is not None
@@ -276,7 +271,7 @@ async def test_one_choice_may_end_and_the_others_go_on(launch: LaunchConfig) -> 
     async with started(launch) as client:
         stream = client.submit("three", [1, 2, 3], params(0, 400), num_choices=3)
         counts = [0, 0, 0]
-        async for choice, _ in stream:
+        async for choice, _ in outputs_of(stream):
             counts[choice] += 1
             if choice == 1 and counts[1] == 5:
                 client.abort_choice("three", 1)
@@ -309,8 +304,8 @@ async def test_requests_before_the_engine_is_ready_are_held_or_refused(
     refused = client.submit("refused", [100_000], params(0, 5))
 
     with pytest.raises(TokenOutOfRange):
-        await tokens_of(refused)
-    assert len(await tokens_of(held)) == 5
+        await ids_of(refused)
+    assert len(await ids_of(held)) == 5
     await starting
     await client.stop()
 
@@ -321,11 +316,11 @@ async def test_stopping_ends_every_stream_and_the_worker(launch: LaunchConfig) -
     await client.start()
     pid = client.worker_pid
     stream = client.submit("running", [1, 2, 3], params(0, 500))
-    await anext(stream)
+    await first_of(stream)
     await client.stop()
 
     with pytest.raises(EngineStopped):
-        await tokens_of(stream)
+        await ids_of(stream)
     with pytest.raises(EngineStopped):
         client.submit("late", [1], params(0))
     assert pid is not None
@@ -379,7 +374,7 @@ async def test_an_engine_that_keeps_dying_is_not_started_for_ever(launch: Launch
     with pytest.raises(StartRefused, match="2 times in a row"):
         await starting
     with pytest.raises(EngineDied, match="2 times in a row"):
-        await tokens_of(stream)
+        await ids_of(stream)
     with pytest.raises(EngineDied):
         client.submit("late", [1], params(0))
     await client.stop()

@@ -9,6 +9,7 @@ from engine.live_requests import LiveRequests
 from engine.messages import Abort, Submit, TokenOutput
 from engine.sampling_params import SamplingParams
 from engine.token_stream import TokenStream
+from tests.engine.streams import first_of
 
 
 class Record:
@@ -141,7 +142,7 @@ def test_only_who_kills_twice_alone_is_failed() -> None:
     assert found == [False, False, True]
     assert record.given() == ["other"]
     with pytest.raises(EngineDied, match="of its own"):
-        asyncio.run(anext(record.streams["a"]))
+        asyncio.run(first_of(record.streams["a"]))
 
 
 def test_what_comes_for_a_request_that_was_given_up_is_dropped_and_counted() -> None:
@@ -179,4 +180,4 @@ def test_what_does_not_fit_the_model_is_refused_once_it_is_known() -> None:
 
     assert len(live) == 1
     with pytest.raises(TokenOutOfRange):
-        asyncio.run(anext(streams[1]))
+        asyncio.run(first_of(streams[1]))

@@ -9,6 +9,7 @@ import pytest
 from engine.errors import EngineStopped
 from engine.messages import TokenOutput
 from engine.token_stream import TokenStream
+from tests.engine.streams import first_of, outputs_of
 
 
 def in_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
@@ -71,7 +72,7 @@ async def test_a_reader_that_waits_is_woken_by_tokens_and_by_the_end() -> None:
     stream = TokenStream(lambda: None)
 
     async def read() -> list[int | None]:
-        return [output.token_id async for _, output in stream]
+        return [output.token_id async for _, output in outputs_of(stream)]
 
     reading = asyncio.create_task(read())
     for number in range(3):
@@ -88,10 +89,10 @@ async def test_a_reader_that_gives_up_waiting_loses_nothing() -> None:
     stream = TokenStream(lambda: None)
     for number in range(3):
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(anext(stream), 0.01)
+            await asyncio.wait_for(first_of(stream), 0.01)
         stream.put(0, token(number))
 
-        assert (await anext(stream))[1].token_id == number
+        assert (await first_of(stream))[1].token_id == number
 
 
 @in_a_loop
@@ -100,9 +101,9 @@ async def test_a_failure_comes_behind_what_was_delivered() -> None:
     stream.put(0, token(1))
     stream.finish(EngineStopped())
 
-    assert (await anext(stream))[1].token_id == 1
+    assert (await first_of(stream))[1].token_id == 1
     with pytest.raises(EngineStopped):
-        await anext(stream)
+        await first_of(stream)
 
 
 @in_a_loop
@@ -116,4 +117,4 @@ async def test_closing_tells_the_engine_once_and_not_after_the_end() -> None:
         finished.close()
 
     assert closed == ["given up"]
-    assert [output async for output in given_up] == []
+    assert [output async for output in outputs_of(given_up)] == []

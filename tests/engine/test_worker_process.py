@@ -8,6 +8,7 @@ from engine.client import EngineClient
 from engine.config import EngineConfig, LaunchConfig
 from engine.sampling_params import SamplingParams
 from engine.worker_process import WorkerProcess
+from tests.engine.streams import ids_of
 from tests.tiny_models import tiny_checkpoint
 
 ENGINE = EngineConfig(num_blocks=100, max_num_sequences=4, max_num_scheduled_tokens=32)
@@ -31,7 +32,7 @@ def test_the_first_worker_is_the_one_that_was_started_and_the_next_is_another(
         worker.kill()
         # Held until there is another: the stream outlives its engine.
         stream = client.submit("a", [1, 2], SamplingParams(max_tokens=3, ignore_eos=True))
-        assert len([output async for _, output in stream]) == 3
+        assert len(await ids_of(stream)) == 3
         assert client.facts is not None
         pids.append(client.facts.pid)
         await client.stop()

@@ -15,7 +15,7 @@ def token(token_id: int) -> TokenOutput:
 
 
 def test_the_end_is_behind_what_was_brought_last_whoever_takes_when() -> None:
-    async def take_in_between() -> list[tuple[list[int], bool, bool]]:
+    async def take_in_between() -> list[tuple[list[int], bool | None]]:
         streams = PromptStreams()
         first, second = TokenStream(lambda: None), TokenStream(lambda: None)
         streams.add(first)
@@ -25,19 +25,33 @@ def test_the_end_is_behind_what_was_brought_last_whoever_takes_when() -> None:
         await asyncio.sleep(0)
         second.put(0, token(2))
         second.finish(EngineStopped())  # its call is on its way
-        found = []
+        found: list[tuple[list[int], bool | None]] = []
         for _ in range(3):
             places = [place for place, _ in streams.take()]
-            found.append((places, streams.have_ended, streams.error is not None))
+            try:
+                found.append((places, streams.go_on()))
+            except EngineStopped:
+                found.append((places, None))
             if not places:
                 await asyncio.sleep(0)
         return found
 
-    assert asyncio.run(take_in_between()) == [
-        ([0], False, False),
-        ([], False, False),
-        ([1], True, True),
-    ]
+    assert asyncio.run(take_in_between()) == [([0], True), ([], True), ([1], None)]
+
+
+def test_it_goes_on_until_the_last_of_its_prompts_has_ended() -> None:
+    async def end_one_by_one() -> list[bool]:
+        streams = PromptStreams()
+        both = TokenStream(lambda: None), TokenStream(lambda: None)
+        found = []
+        for stream in both:
+            streams.add(stream)
+        for stream in both:
+            found.append(streams.go_on())
+            stream.finish()
+        return [*found, streams.go_on()]
+
+    assert asyncio.run(end_one_by_one()) == [True, True, False]
 
 
 def test_nothing_is_held_once_all_was_let_go_of() -> None:
