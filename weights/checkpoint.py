@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.gpt import GPT, Block
+from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from weights.errors import CheckpointError
 from weights.files import CONFIG_FILE
@@ -166,16 +166,19 @@ class _StoredBlocks(nn.ModuleList):
     def __init__(self, blocks: nn.ModuleList, read: Callable[[str], None]) -> None:
         super().__init__(blocks)
         self._read = read
+        self._unread = set(range(len(blocks)))
 
     def __iter__(self) -> Iterator[nn.Module]:
         for layer in range(len(self)):
-            if isinstance(self[layer], Block):  # and not what somebody made of it
+            # Once: what was read may be another thing by now, packed weights for example.
+            if layer in self._unread:
                 try:
                     self._read(f"h.{layer}.")
                 except OSError as error:  # whoever loops over blocks expects no files
                     raise CheckpointError(
                         f"The checkpoint cannot be read: {error.strerror}."
                     ) from error
+                self._unread.remove(layer)
             yield self[layer]
 
 

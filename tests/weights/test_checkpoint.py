@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel
 
 from model.attention import CausalAttention
 from model.config import GPTConfig
-from model.gpt import GPT
+from model.gpt import GPT, Block
 from tests.byte_pairs import byte_pair_tokenizer
 from tests.tiny_models import random_tokens, tiny_checkpoint, tiny_config, tiny_gpt
 from weights.checkpoint import load, load_layout, save
@@ -425,6 +425,18 @@ def test_blocks_read_late_are_those_of_the_checkpoint(checkpoint: Path) -> None:
         assert layer + 1 == len(late.h) or next(late.h[layer + 1].parameters()).is_meta
         late.h[layer] = torch.nn.Identity()
     assert len(list(late.h)) == len(whole.h)  # and nothing is read for what is no block any more
+
+
+def test_blocks_read_late_may_have_their_layers_replaced(checkpoint: Path) -> None:
+    late = load_layout(
+        read_layout(checkpoint), device="cpu", dtype=torch.float32, reads_blocks_late=True
+    )
+    for block in late.h:
+        assert isinstance(block, Block)
+        setattr(block.attn, "c_attn", torch.nn.Identity())  # noqa: B010  it is typed otherwise
+
+    replaced = [block.get_submodule("attn.c_attn") for block in late.h]
+    assert all(isinstance(module, torch.nn.Identity) for module in replaced)
 
 
 def test_what_is_wrong_with_a_block_is_said_when_it_is_read(tmp_path: Path) -> None:
