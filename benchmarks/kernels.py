@@ -18,9 +18,8 @@ from torch import Tensor
 from engine.attention_cpu import CPUPagedAttention
 from engine.batch import Rows, Span
 from engine.kv_cache import KVCache
-from engine.linear import PackedLinear
-from engine.linear_avx512 import FusedLinear
-from engine.network_avx512 import FusedNetwork
+from engine.linear_cpu import FusedLinear
+from engine.network_cpu import FusedNetwork
 from model.config import GPTConfig
 from model.gpt import GPT
 
@@ -41,6 +40,13 @@ def median_microseconds(calls: Sequence[Sequence[Callable[[], Tensor]]], rounds:
     return [round(1e6 * statistics.median(found[2:])) for found in times]
 
 
+def _onednn(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The product with a weight (out, in) that oneDNN has packed, as torch offers it."""
+    operations = torch.ops.mkldnn
+    packed = operations._reorder_linear_weight(weight)
+    return lambda x: operations._linear_pointwise(x, packed, None, "none", [], "")
+
+
 def products(rows: int, rounds: int) -> Table:
     """Bare products, without what surrounds them in a block."""
     table = Table(title=f"products of {rows} rows, µs")
@@ -53,10 +59,10 @@ def products(rows: int, rounds: int) -> Table:
             half, half_x = weight.bfloat16(), x.bfloat16()
             kinds = [
                 (FusedLinear(half), x),
-                (PackedLinear(half, None), half_x),
+                (_onednn(half), half_x),
                 (FusedLinear(half, quantizes=True), x),
                 (FusedLinear(weight), x),
-                (PackedLinear(weight, None), x),
+                (_onednn(weight), x),
             ]
             for kind, (product, given) in zip(calls, kinds, strict=True):
                 kind.append(lambda product=product, given=given: product(given))  # type: ignore[misc]

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Array = NDArray[Any]
 
 # What compiled kernels are made of.
-_SOURCES = ("*cpu*.py", "*avx512*.py", "vectors.py", "draw.py", "random_stream.py")
+_SOURCES = ("*cpu*.py", "vectors.py", "draw.py", "random_stream.py")
 
 
 def _do_without_blas() -> None:

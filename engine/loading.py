@@ -18,7 +18,7 @@ from engine.engine import Engine
 from engine.errors import DoesNotFit, StartRefused
 from engine.memory import plan_memory
 from engine.messages import Ready
-from engine.precision import Abilities, Precision, choose_precision
+from engine.precision import Precision, choose_precision
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.vocabulary import TokenizerError
@@ -44,7 +44,7 @@ def load_engine(
     torch.set_num_threads(threads.count)
     layout = read_layout(Path(config.model))
     device = _choose_device(config.device)
-    precision = choose_precision(config.dtype, Abilities.of(device))
+    precision = choose_precision(config.dtype, device)
     dtype = precision.dtype
     kv_cache_dtype = _choose_kv_cache_dtype(config.kv_cache_dtype, dtype, device)
     kv_cache_precision = _NAMES.get(kv_cache_dtype, str(kv_cache_dtype).removeprefix("torch."))

@@ -94,7 +94,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
     pid: int
     device: str
     dtype: str  # of the weights: float32, bfloat16 or int8
-    products: str  # whose they are: kvik, onednn, torch or gpu
+    products: str  # the instructions that multiply, or GPU
     numerics: str  # why these two, for people
     kv_cache_dtype: str
     n_ctx: int

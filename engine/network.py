@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.attention import PagedAttention
@@ -14,10 +15,10 @@ from engine.attention_cpu import CPUPagedAttention
 from engine.batch import Array, NetworkOutput, Rows
 from engine.cuda_graph import AttentionFactory
 from engine.kv_cache import KVCache
-from engine.linear import Head, can_fuse, pack
-from engine.linear_avx512 import PackedWeights
-from engine.network_avx512 import FusedNetwork
-from model.gpt import GPT
+from engine.linear_cpu import FusedLinear, PackedWeights
+from engine.network_cpu import FusedNetwork
+from model.config import Activation
+from model.gpt import GPT, Block
 
 
 class Network(Protocol):
@@ -41,6 +42,41 @@ class Network(Protocol):
     def weights_bytes(self) -> int:
         """What model and head hold, in whatever form they were packed; shared memory once."""
         ...
+
+
+class Linear(nn.Module):
+    """A linear layer of a CPU by our kernels, in the precision of its input.
+
+    Unlike torch's own, it gives a row the same bytes in any company.
+    """
+
+    def __init__(self, linear: nn.Linear, activation: Activation | None = None) -> None:
+        """Pack its weights; the caller may drop it."""
+        super().__init__()
+        self._product = FusedLinear(linear.weight, linear.bias, activation=activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (N, in) to (N, out)."""
+        y: Tensor = self._product(x)
+        return y.to(x.dtype)
+
+
+class Head(nn.Module):
+    """The tied output head as torch has it: hidden states to float32 logits in any precision.
+
+    It takes the last LayerNorm along, which only rows need whose logits are wanted.
+    """
+
+    def __init__(self, weight: Tensor, norm: nn.LayerNorm) -> None:
+        """Take the embedding's rows that are no padding."""
+        super().__init__()
+        self._norm = norm
+        # Products in the precision of the model are rounded to it, which is too coarse for logits.
+        self._weight = weight.detach().float()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map hidden (R, C) to logits (R, vocab_size) in float32."""
+        return F.linear(self._norm(hidden).float(), self._weight)
 
 
 class ModularNetwork:
@@ -107,22 +143,36 @@ def make_network(
     Weights of 8 bits (`quantizes`) are for that kernel alone.
     """
     weight = model.wte.weight
-    device, dtype = weight.device, weight.dtype
+    device = weight.device
     if use_triton:
         from engine.attention_triton import TritonAttention
         from engine.block_triton import fuse
 
         fused = fuse(model, vocab_size, same_bytes=same_bytes)
         return ModularNetwork(model, fused, cache, attention or TritonAttention(device))
-    if fuses and attention is None and can_fuse(device, dtype, quantizes=quantizes):
+    if fuses and attention is None and device.type == "cpu":
         return FusedNetwork(model, cache, vocab_size, quantizes=quantizes)
     assert not quantizes, "loading refuses weights of 8 bits here"
+    on_cpu = device.type == "cpu"
     if attention is None:
-        attention = CPUPagedAttention if device.type == "cpu" else PagedAttention
-    head = Head(weight, vocab_size, norm=model.ln_f)
+        attention = CPUPagedAttention if on_cpu else PagedAttention
+    embedding = weight[:vocab_size]
+    head = FusedLinear(embedding, norm=model.ln_f) if on_cpu else Head(embedding, model.ln_f)
     setattr(model, "ln_f", nn.Identity())  # noqa: B010  it is the head's now
-    pack(model)
+    if on_cpu:
+        _replace_linear_layers(model)
     return ModularNetwork(model, head, cache, attention)
+
+
+def _replace_linear_layers(model: GPT) -> None:
+    """Have a model's projections multiplied by our kernels, the activation fused into the first."""
+    for block in model.h:
+        assert isinstance(block, Block)
+        for name in ("c_attn", "c_proj"):
+            setattr(block.attn, name, Linear(getattr(block.attn, name)))
+        c_fc, c_proj = block.mlp.c_fc, block.mlp.c_proj
+        wide = Linear(c_fc, model.config.activation)
+        setattr(block, "mlp", nn.Sequential(wide, Linear(c_proj)))  # noqa: B010  it is typed MLP
 
 
 def _count_bytes(value: object, held: dict[int, int]) -> None:

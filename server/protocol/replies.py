@@ -153,5 +153,5 @@ class VersionResponse(_Reply):
     version: str
     device: str | None
     dtype: str | None  # of the weights
-    products: str | None  # whose they are: kvik, onednn, torch or gpu
+    products: str | None  # the instructions that multiply, or GPU
     numerics: str | None  # why these two

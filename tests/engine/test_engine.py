@@ -48,23 +48,6 @@ def test_greedy_decoding_equals_decoding_without_a_cache(seed: int, attention: o
     assert [result[0].token_ids for result in results] == expected
 
 
-@pytest.mark.parametrize("has_onednn", [True, False])
-def test_processors_without_our_kernels_decode_the_same(
-    monkeypatch: pytest.MonkeyPatch, has_onednn: bool
-) -> None:
-    monkeypatch.setattr("engine.linear.has_avx512", lambda kind: False)
-    if not has_onednn:
-        monkeypatch.setattr("engine.linear.can_pack", lambda device, dtype: False)
-    model = gpt_with_outliers(CONFIG)
-    prompts = [random_prompt(length, seed=length) for length in (1, 7, 30)]
-    params = SamplingParams(max_tokens=30, temperature=0)
-
-    results = run(make_engine(model), [Request(prompt, params) for prompt in prompts])
-
-    expected = [list(generate(model, prompt, 30, vocab_size=95)) for prompt in prompts]
-    assert [result[0].token_ids for result in results] == expected
-
-
 def reference_logprobs(model: GPT, tokens: list[int], vocab_size: int) -> Tensor:
     """Compute log p(next token | tokens so far) over the known ids, (T, V), in float64."""
     model = copy.deepcopy(model).double()

@@ -35,7 +35,7 @@ def test_version_tells_what_computes_once_that_is_known(serve: Serve) -> None:
         loading = client.get("/version").json()
 
     assert loaded == {
-        "version": VERSION, "device": "cpu", "dtype": "float32", "products": "kvik",
+        "version": VERSION, "device": "cpu", "dtype": "float32", "products": "AVX-512",
         "numerics": FACTS.numerics,
     }  # fmt: skip
     nothing = dict.fromkeys(("device", "dtype", "products", "numerics"))
@@ -226,7 +226,7 @@ def test_a_refused_request_has_a_timeline_too(serve: Serve) -> None:
     ("field", "other"),
     [
         ("weights_id", "cd" * 32), ("device", "cuda"), ("dtype", "bfloat16"),
-        ("kv_cache_dtype", "float8"), ("products", "onednn"), ("is_batch_invariant", False),
+        ("kv_cache_dtype", "float8"), ("products", "AVX2"), ("is_batch_invariant", False),
         ("same_bytes", False),
     ],
 )  # fmt: skip

@@ -25,9 +25,9 @@ from engine.batch import NetworkOutput, Rows
 from engine.cpu_math import KERNEL, Array, same, view, widen
 from engine.cpu_memory import Scratch, borrow, keep, restore
 from engine.cpu_tasks import counters, finish, leave, phase_ends, take, team, wait
-from engine.fused_avx512 import ACTIVATION_NUMBERS, ADDED, FLOAT32, INPUTS, INT8, STORED
+from engine.fused_cpu import ACTIVATION_NUMBERS, ADDED, INPUTS, STORED
 from engine.kv_cache import KVCache
-from engine.linear_avx512 import (
+from engine.linear_cpu import (
     PHASES,
     Inputs,
     PackedWeights,
@@ -37,6 +37,7 @@ from engine.linear_avx512 import (
     layer_address,
 )
 from engine.sampler_cpu import first_best
+from engine.tile_cpu import FLOAT32, INT8
 from engine.vectors import ROWS
 from model.gpt import GPT, Block
 

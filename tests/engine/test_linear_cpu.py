@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from engine.batch import NetworkOutput, Rows, Span
 from engine.config import EngineConfig, LaunchConfig
 from engine.kv_cache import KVCache
-from engine.linear import can_fuse
-from engine.linear_avx512 import FusedLinear
+from engine.linear_cpu import FusedLinear
 from engine.loading import load_engine
 from engine.messages import TopLogprobs
-from engine.network_avx512 import FusedNetwork
+from engine.network_cpu import FusedNetwork
 from engine.sampling_params import SamplingParams
 from model.attention import CausalAttention
 from model.config import Activation, GPTConfig
@@ -25,15 +24,9 @@ from model.gpt import ACTIVATIONS
 from tests.tiny_models import gpt_with_outliers, tiny_config, tiny_gpt
 
 BUDGET = EngineConfig().step_tokens
-CPU = torch.device("cpu")
 PRECISIONS = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 IDS = ["float32", "bfloat16", "int8"]
 in_every_precision = pytest.mark.parametrize(("dtype", "quantizes"), PRECISIONS, ids=IDS)
-
-pytestmark = pytest.mark.skipif(
-    not all(can_fuse(CPU, dtype, quantizes=quantizes) for dtype, quantizes in PRECISIONS),
-    reason="this processor has no AVX-512 with bfloat16 and VNNI",
-)
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""Linear layers on AVX-512: weights packed once, one pass over them a product, everything fused.
+"""Linear layers on a CPU: weights packed once, one pass over them a product, everything fused.
 
-One kernel serves three precisions. A tile of 8 rows and 48 outputs stays in vector registers while
-the kernel walks the inputs in steps of 4 bytes a row: one float32, two bfloat16 or four int8, which
-one instruction multiplies and adds into 16 outputs. What surrounds a product in a transformer (the
+One kernel serves three precisions. A tile of some rows and 48 outputs (`engine.tile_cpu`) stays in
+vector registers while the kernel walks the inputs in steps of 4 bytes of weights: one float32, two
+bfloat16 or four int8, for each of 16 outputs. What surrounds a product in a transformer (the
 LayerNorm before it; bias, activation and residual after it) happens on the way in and out.
 
 An output is the sum over its row's inputs in their order, whatever rows come with it: a row has
@@ -12,144 +12,39 @@ the same bytes alone and in any batch. Compiled by numba on first use and cached
 import functools
 from typing import Any, NamedTuple
 
-import llvmlite.binding
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba.core import types
 from torch import Tensor, nn
 
-from engine.cpu_ir import ask_for, call
+from engine.cpu_ir import LANES
 from engine.cpu_math import KERNEL, Array
 from engine.cpu_memory import Scratch, borrow, huge_pages
 from engine.cpu_tasks import counters, finish, take, team, wait
-from engine.fused_avx512 import (
+from engine.fused_cpu import (
     ACTIVATION_NUMBERS,
     ADDED,
-    BFLOAT16,
-    BLOCKS,
-    FLOAT32,
     INPUTS,
-    INT8,
     STORED,
     bring,
     deliver,
 )
+from engine.tile_cpu import (
+    BFLOAT16,
+    BLOCKS,
+    FLOAT32,
+    INT8,
+    ROWS,
+    VALUES,
+    arithmetic,
+    multiply_tile,
+)
 from model.config import Activation
 
-_NEEDS = {FLOAT32: "avx512f", BFLOAT16: "avx512bf16", INT8: "avx512vnni"}
-_VALUES = {FLOAT32: 1, BFLOAT16: 2, INT8: 4}  # inputs that one instruction takes of a row
-
-_ROWS = 8  # of a tile: with 48 outputs it takes 24 of the 32 registers
-_LANES = 16
-_WIDTH = BLOCKS * _LANES
+_WIDTH = BLOCKS * LANES  # outputs of a tile
 _VALUES_AT_ONCE = 2**19  # of weights that are packed
 _ROWS_A_TASK = 4  # of those that are made a product's inputs
 _FEW_ROWS = 4  # so few wait for memory alone, and the processor's own looking ahead serves best
-
-
-def has_avx512(kind: int) -> bool:
-    """Whether this processor multiplies in the kind of precision."""
-    try:
-        features = llvmlite.binding.get_host_cpu_features()
-    except RuntimeError:  # unknown to LLVM
-        return False
-    return bool(features.get("avx512f") and features.get(_NEEDS[kind]))
-
-
-@numba.extending.intrinsic(prefer_literal=True)
-def _tile(
-    context: Any, kind: Any, rows: Any, inputs: Any, weights: Any, steps: Any, asked: Any,
-    asked_a_step: Any, sums: Any,
-) -> Any:  # fmt: skip
-    """Multiply 1 to 8 rows of inputs with the 48 outputs of a packed group, over all steps.
-
-    All but kind, rows and steps are addresses. sums (8, 48) float32, or int32 for INT8, are
-    overwritten as far as there are rows. 64 or 192 bytes a step are asked for from `asked` on,
-    where the next weights lie: so memory works while the processor multiplies. The instructions:
-    fused multiply-add, VDPBF16PS and VPDPBUSD.
-    """
-    which = kind.literal_value
-    word = ir.IntType(32)
-    words = ir.VectorType(word, _LANES)
-    totals_type = words if which == INT8 else ir.VectorType(ir.FloatType(), _LANES)
-    line = 4 * _LANES
-
-    def multiply(builder: Any, total: Any, a: Any, b: Any) -> Any:
-        if which == BFLOAT16:
-            return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", totals_type, total, a, b)
-        if which == INT8:
-            return call(builder, "llvm.x86.avx512.vpdpbusd.512", totals_type, total, a, b)
-        factors = [builder.bitcast(x, totals_type) for x in (a, b)]
-        return call(builder, "llvm.fma.v16f32", totals_type, *factors, total)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows = arguments[1]
-        after = builder.append_basic_block()
-        unreachable = builder.append_basic_block()
-        switch = builder.switch(rows, unreachable)
-        for num_rows in range(1, _ROWS + 1):
-            case = builder.append_basic_block()
-            switch.add_case(ir.Constant(rows.type, num_rows), case)
-            builder.position_at_end(case)
-            generate_case(builder, num_rows, arguments[2:])
-            builder.branch(after)
-        builder.position_at_end(unreachable)
-        builder.unreachable()
-        builder.position_at_end(after)
-        return context.get_dummy_value()
-
-    def generate_case(builder: Any, num_rows: int, arguments: Any) -> None:
-        x, w, steps, asked, asked_a_step, out = arguments
-        size = steps.type
-
-        def at(address: Any, stride: Any, count: int, kind: Any) -> Any:
-            offset = builder.mul(stride, ir.Constant(size, count))
-            return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
-
-        x_stride = builder.mul(steps, ir.Constant(size, 4))
-        w_stride = builder.mul(steps, ir.Constant(size, line))
-        before = builder.block
-        loop, done = builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        step = builder.phi(size)
-        step.add_incoming(ir.Constant(size, 0), before)
-        totals = [[builder.phi(totals_type) for _ in range(BLOCKS)] for _ in range(num_rows)]
-        weights_offset = builder.mul(step, ir.Constant(size, line))
-        weights_at = builder.add(w, weights_offset)
-        inputs_at = builder.add(x, builder.mul(step, ir.Constant(size, 4)))
-        asked_at = builder.add(asked, builder.mul(step, asked_a_step))
-        ask_for(builder, asked_at, cache=2)
-        with builder.if_then(builder.icmp_unsigned(">", asked_a_step, ir.Constant(size, line))):
-            for block in range(1, BLOCKS):
-                next_line = builder.add(asked_at, ir.Constant(size, line * block))
-                ask_for(builder, next_line, cache=2)
-        weights = [
-            builder.load(at(weights_at, w_stride, block, words), align=line)
-            for block in range(BLOCKS)
-        ]
-        next_step = builder.add(step, ir.Constant(size, 1))
-        step.add_incoming(next_step, builder.block)
-        nothing = ir.Constant(words, ir.Undefined)
-        results = []
-        for row in range(num_rows):
-            value = builder.load(at(inputs_at, x_stride, row, word), align=4)
-            lane = builder.insert_element(nothing, value, ir.Constant(word, 0))
-            lanes = builder.shuffle_vector(lane, nothing, ir.Constant(words, [0] * _LANES))
-            for total, weight in zip(totals[row], weights, strict=True):
-                result = multiply(builder, total, lanes, weight)
-                total.add_incoming(ir.Constant(totals_type, None), before)
-                total.add_incoming(result, builder.block)
-                results.append(result)
-        builder.cbranch(builder.icmp_unsigned("<", next_step, steps), loop, done)
-        builder.position_at_end(done)
-        for place, result in enumerate(results):
-            builder.store(result, at(out, ir.Constant(size, line), place, totals_type), align=4)
-
-    place = types.uintp
-    return types.void(kind, place, place, place, place, place, place, place), generate
 
 
 _jitable = numba.extending.register_jitable
@@ -196,7 +91,7 @@ class Inputs(NamedTuple):
 @_jitable
 def group_bytes(weights: Any) -> Any:
     """What the weights of 48 outputs take."""
-    return np.uintp(BLOCKS * 4 * _LANES) * np.uintp(weights.packed.shape[2])
+    return np.uintp(BLOCKS * 4 * LANES) * np.uintp(weights.packed.shape[2])
 
 
 @_jitable
@@ -211,13 +106,13 @@ class Phases(NamedTuple):
 
     prepare: Any
     multiply: Any
-    input_type: Any  # of numpy
 
 
-def _phases(kind: int, input_type: Any) -> Phases:
-    """Build the phases of one kind, whose inputs are of a type."""
+def _phases(kind: int) -> Phases:
+    """Build the phases of one kind."""
     sum_type = np.int32 if kind == INT8 else np.float32
-    input_bytes = np.uintp(np.dtype(input_type).itemsize)
+    input_bytes = np.uintp(np.dtype(arithmetic(kind).input_type).itemsize)
+    step_bytes = np.uintp(4 * arithmetic(kind).words)  # of a row's inputs
 
     @_jitable
     def prepare(
@@ -264,12 +159,12 @@ def _phases(kind: int, input_type: Any) -> Phases:
         num_rows, num_outputs = len(out), weights.num_outputs
         num_groups = weights.packed.shape[1] // BLOCKS
         steps = np.uintp(weights.packed.shape[2])
-        x_bytes, block_bytes = steps * np.uintp(4), steps * np.uintp(4 * _LANES)
+        x_bytes, block_bytes = steps * step_bytes, steps * np.uintp(4 * LANES)
         own_bytes = group_bytes(weights)
         own = layer_address(weights, layer)
         x = np.uintp(inputs.rows.ctypes.data)
         at_layer = np.uintp(layer)
-        sums = np.empty((_ROWS * _WIDTH + _LANES,), sum_type)
+        sums = np.empty((ROWS * _WIDTH + LANES,), sum_type)
         padded = np.uintp(weights.bias.shape[1])
         bias = np.uintp(weights.bias.ctypes.data)
         column_scales = np.uintp(weights.column_scales.ctypes.data)
@@ -297,16 +192,16 @@ def _phases(kind: int, input_type: Any) -> Phases:
             sums_at = (np.uintp(sums.ctypes.data) + np.uintp(63)) & ~np.uintp(63)
             width = np.uintp(min(_WIDTH, num_outputs - group * _WIDTH))
             at = np.uintp(4) * (at_layer * padded + first)
-            for start in range(0, num_rows, _ROWS):
-                rows = np.uintp(min(_ROWS, num_rows - start))
-                turn = np.uintp(start // _ROWS)
+            for start in range(0, num_rows, ROWS):
+                rows = np.uintp(min(ROWS, num_rows - start))
+                turn = np.uintp(start // ROWS)
                 # All of the next weights during the only tile, or a third during each of three.
                 asked, asked_a_step = group_at, np.uintp(0)
-                if _FEW_ROWS < num_rows <= _ROWS:
+                if _FEW_ROWS < num_rows <= ROWS:
                     asked, asked_a_step = ahead, np.uintp(4 * _WIDTH)
-                elif num_rows > _ROWS and turn < np.uintp(BLOCKS):
-                    asked, asked_a_step = ahead + turn * block_bytes, np.uintp(4 * _LANES)
-                _tile(
+                elif num_rows > ROWS and turn < np.uintp(BLOCKS):
+                    asked, asked_a_step = ahead + turn * block_bytes, np.uintp(4 * LANES)
+                multiply_tile(
                     kind, rows, x + np.uintp(start) * x_bytes, group_at, steps, asked,
                     asked_a_step, sums_at,
                 )  # fmt: skip
@@ -320,7 +215,7 @@ def _phases(kind: int, input_type: Any) -> Phases:
             finish(counts, phase)
         wait(counts, phase, num_groups)
 
-    return Phases(_importable(prepare, kind), _importable(multiply, kind), input_type)
+    return Phases(_importable(prepare, kind), _importable(multiply, kind))
 
 
 def _importable(function: Any, kind: int) -> Any:
@@ -335,17 +230,13 @@ def _importable(function: Any, kind: int) -> Any:
     return function
 
 
-PHASES = {
-    FLOAT32: _phases(FLOAT32, np.float32),
-    BFLOAT16: _phases(BFLOAT16, np.uint16),
-    INT8: _phases(INT8, np.uint8),
-}
+PHASES = {kind: _phases(kind) for kind in (FLOAT32, BFLOAT16, INT8)}
 
 
 @functools.cache
 def _compile(kind: int) -> Any:
     """Build the kernel of one product by itself."""
-    prepare, multiply, *_ = PHASES[kind]
+    prepare, multiply = PHASES[kind]
 
     @numba.njit(**KERNEL)
     def linear(
@@ -372,8 +263,8 @@ class PackedWeights:
         self.num_outputs = num_outputs
         self._size = size
         padded = -(-num_outputs // _WIDTH) * _WIDTH
-        self._steps = -(-size // _VALUES[kind])
-        self._packed = huge_pages((num_layers, padded // _LANES, self._steps, 4 * _LANES), np.uint8)
+        self._steps = -(-size // VALUES[kind])
+        self._packed = huge_pages((num_layers, padded // LANES, self._steps, 4 * LANES), np.uint8)
         self._column_scales = np.ones((num_layers, padded), np.float32)
         self._column_sums = np.zeros((num_layers, padded), np.int32)
         self._bias = np.zeros((num_layers, padded), np.float32)
@@ -411,8 +302,8 @@ class PackedWeights:
             outputs = slice(first, first + len(some))
             if self.kind == INT8:
                 some = self._quantize(layer, outputs, some.float(), gain, offset)
-            blocks = slice(first // _LANES, -(-(first + len(some)) // _WIDTH) * BLOCKS)
-            _pack(some, self._packed[layer, blocks])
+            blocks = slice(first // LANES, -(-(first + len(some)) // _WIDTH) * BLOCKS)
+            _pack(some, self._packed[layer, blocks], swaps=arithmetic(self.kind).swaps)
 
     def _quantize(
         self, layer: int, outputs: slice, weight: Tensor, gain: Tensor | None, offset: Tensor | None
@@ -442,10 +333,9 @@ class PackedWeights:
 
     def inputs(self, num_rows: int, scratch: Scratch, name: str) -> Inputs:
         """Make room for rows of its inputs."""
-        phases = PHASES[self.kind]
-        width = self._steps * _VALUES[self.kind]
+        width = self._steps * VALUES[self.kind]
         return Inputs(
-            scratch.array(name, num_rows, width, phases.input_type),
+            scratch.array(name, num_rows, width, arithmetic(self.kind).input_type),
             np.empty(num_rows, np.float32),
             np.empty(num_rows, np.int32),
         )
@@ -468,8 +358,7 @@ class FusedLinear(nn.Module):
     ) -> None:
         """Pack weight (out, in) float32 or bfloat16; the caller may drop its own copy.
 
-        With `quantizes`, the product has weights of 8 bits. `can_fuse` says whether this machine
-        has the kernels.
+        With `quantizes`, the product has weights of 8 bits.
         """
         super().__init__()
         kind = kind_of(weight.dtype, quantizes=quantizes)
@@ -500,15 +389,21 @@ def kind_of(dtype: torch.dtype, *, quantizes: bool) -> int:
     return BFLOAT16 if dtype == torch.bfloat16 else FLOAT32
 
 
-def _pack(weight: Tensor, packed: Array) -> None:
-    """Order a weight (out, in) as tiles read it: (blocks of 16 outputs, steps, 64 bytes)."""
+def _pack(weight: Tensor, packed: Array, *, swaps: bool) -> None:
+    """Order a weight (out, in) as tiles read it: (blocks of 16 outputs, steps, 64 bytes).
+
+    With `swaps`, the second and third of four bytes change places.
+    """
     values = 4 // weight.itemsize
     num_outputs, size = weight.shape
     num_blocks, steps, _ = packed.shape
-    if (num_outputs, size) != (num_blocks * _LANES, steps * values):
-        padded = weight.new_zeros(num_blocks * _LANES, steps * values)
+    if (num_outputs, size) != (num_blocks * LANES, steps * values):
+        padded = weight.new_zeros(num_blocks * LANES, steps * values)
         padded[:num_outputs, :size] = weight
         weight = padded
     # By words of 4 bytes: numbers moved one by one take torch ten times as long.
-    words = weight.contiguous().view(torch.int32).view(num_blocks, _LANES, steps)
+    words = weight.contiguous().view(torch.int32)
+    if swaps:
+        words = (words & ~0xFFFF00) | ((words >> 8) & 0xFF00) | ((words << 8) & 0xFF0000)
+    words = words.view(num_blocks, LANES, steps)
     torch.from_numpy(packed).view(torch.int32).copy_(words.transpose(1, 2))

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 
 from engine.cpu_ir import (
-    BYTE,
     FLOAT,
     FLOATS,
     LANES,
@@ -41,13 +41,11 @@ from engine.cpu_ir import (
     vectors_with,
     words_of,
 )
+from engine.tile_cpu import BLOCKS, INT8, arithmetic
 from model.config import Activation
 
-BLOCKS = 3  # of 16 outputs, which a tile of a product has
-FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # kinds of products, by their inputs and weights
 STORED, ADDED, INPUTS = 0, 1, 2  # what becomes of a product
 ACTIVATION_NUMBERS: dict[Activation | None, int] = {None: 0, "gelu_new": 1, "gelu": 2, "relu": 3}
-_INPUT_BYTES = {FLOAT32: 4, BFLOAT16: 2, INT8: 1}
 
 
 @numba.extending.intrinsic(prefer_literal=True)
@@ -58,6 +56,7 @@ def bring(context: Any, kind: Any, row: Any, size: Any, inputs: Any, scale: Any,
     (float32) and zero (int32) are written for them alone. What is not finite makes the scale NaN.
     """
     which = kind.literal_value
+    input_type = np.dtype(arithmetic(which).input_type)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, row, size, inputs, scale, zero = arguments
@@ -66,14 +65,15 @@ def bring(context: Any, kind: Any, row: Any, size: Any, inputs: Any, scale: Any,
             return load_some(builder, builder.add(row, builder.mul(d, number(4))), 4, mask)
 
         def write(d: Any, values: Any, mask: Any) -> None:
-            place = builder.add(inputs, builder.mul(d, number(_INPUT_BYTES[which])))
+            place = builder.add(inputs, builder.mul(d, number(input_type.itemsize)))
             store_some(builder, values, place, mask)
 
         if which != INT8:
-            bits = _INPUT_BYTES[which]
+            item_bytes = input_type.itemsize
             vectors(
-                builder, size, lambda d, mask: write(d, narrow(builder, read(d, mask), bits), mask)
-            )
+                builder, size,
+                lambda d, mask: write(d, narrow(builder, read(d, mask), item_bytes), mask),
+            )  # fmt: skip
             return context.get_dummy_value()
 
         def look(d: Any, carried: Sequence[Any], mask: Any) -> list[Any]:
@@ -107,7 +107,8 @@ def bring(context: Any, kind: Any, row: Any, size: Any, inputs: Any, scale: Any,
             codes = builder.add(builder.bitcast(rounded, WORDS), codes_at)
             codes = call(builder, "llvm.smax.v16i32", WORDS, codes, ir.Constant(WORDS, None))
             codes = call(builder, "llvm.smin.v16i32", WORDS, codes, words_of(255))
-            write(d, builder.trunc(codes, ir.VectorType(BYTE, LANES)), mask)
+            bits = ir.IntType(8 * input_type.itemsize)
+            write(d, builder.trunc(codes, ir.VectorType(bits, LANES)), mask)
 
         vectors(builder, size, code)
         return context.get_dummy_value()
@@ -128,6 +129,7 @@ def deliver(
     kind's inputs are.
     """
     which = kind.literal_value
+    input_bytes = np.dtype(arithmetic(which).input_type).itemsize
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (_, sums, count, scale, zero, column_scales, column_sums, bias, activation, becomes,
@@ -150,7 +152,7 @@ def deliver(
         results = _activate(builder, results, activation)
 
         def put(purpose: int, masks: Sequence[Any]) -> None:
-            item_bytes = _INPUT_BYTES[which] if purpose == INPUTS else 4
+            item_bytes = input_bytes if purpose == INPUTS else 4
             for block, (y, mask) in enumerate(zip(results, masks, strict=True)):
                 place = builder.add(out, number(item_bytes * LANES * block))
                 if purpose == ADDED:
