@@ -1,19 +1,30 @@
 """Where `kvik` and `python -m kvik` begin."""
 
 import os
+import signal
 from pathlib import Path
-
-from kvik.command_line import app
 
 
 def main() -> None:
     """Run the command line."""
+    _end_when_told_to()
     from engine.config import THREADS_ENVIRONMENT
+    from kvik.command_line import app
 
     for name, value in THREADS_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _name_kernel_folder()
     app()
+
+
+def _end_when_told_to() -> None:
+    """Let SIGTERM end us where we are a container's first process, as it does anywhere else.
+
+    Linux keeps from the first process every signal that it has no handler for: a container that is
+    stopped before the server listens to signals would be waited for, and killed in the end.
+    """
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
 
 def _name_kernel_folder() -> None:

@@ -43,6 +43,7 @@ NO_TORCH = [
     "model/files.py",
     "model/tokenizer.py",
     "model/vocabulary.py",
+    "weights/control_groups.py",
     "weights/digest.py",
     "weights/errors.py",
     "weights/files.py",

@@ -3,8 +3,11 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -509,6 +512,31 @@ def test_every_command_explains_itself(command: str) -> None:
 
     assert result.exit_code == 0
     assert f"Usage: kvik {command}" in result.stdout.replace("root", "kvik")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a first process of its own is Linux's")
+def test_the_first_process_of_a_container_ends_when_told_to(checkpoint: Path) -> None:
+    # Its number outside, where the signal comes from: inside it is 1.
+    program = (
+        "import os, sys; print(os.readlink('/proc/self'), flush=True)\n"
+        f"sys.argv = ['kvik', 'generate', 'a', '--model', {str(checkpoint)!r}]\n"
+        "from kvik.__main__ import main; main()"
+    )
+    container = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*container, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+
+    with subprocess.Popen(
+        [*container, sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        inside = int(process.stdout.readline())
+        while process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(inside, signal.SIGTERM)
+            time.sleep(0.02)
+
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_the_version_is_that_of_the_package() -> None:

@@ -51,7 +51,7 @@ def series_names() -> set[str]:
 def mounts(service: str) -> dict[str, str]:
     """Where a container finds what of this repository."""
     pairs = [volume.split(":") for volume in SERVICES[service]["volumes"]]
-    return {source: target for source, target, *_ in pairs if source.startswith("./deploy")}
+    return {source: target for source, target, *_ in pairs if source.startswith("./")}
 
 
 EXPRESSIONS = [

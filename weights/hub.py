@@ -49,9 +49,13 @@ def resolve(
         HubError: there is no such directory or name, or it cannot be had now.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    try:
+        if path.is_dir():
+            return path
+        is_file = path.exists()
+    except PermissionError as error:  # a directory on the way is closed to us
+        raise HubError(f"{model} cannot be read: {error.strerror}.") from error
+    if is_file:
         raise HubError(
             f"{model} is a file, and a model is a directory with config.json and "
             f"model.safetensors. To turn a checkpoint file into one: kvik convert "

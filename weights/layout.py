@@ -4,6 +4,7 @@ The layout is Hugging Face's for GPT-2: `config.json`, `model.safetensors` (or s
 index), tokenizer files. Other modules read each of them; here they are held against one another.
 """
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ def read_layout(directory: Path) -> Layout:
             f"{directory} is not a directory; a checkpoint is a directory with {CONFIG_FILE} and "
             f"{WEIGHTS_FILE}."
         )
+    if not os.access(directory, os.X_OK):  # what lies there would seem to be missing
+        raise CheckpointError(f"{directory} cannot be read: {os.strerror(errno.EACCES)}.")
     if not os.path.lexists(directory / CONFIG_FILE):
         raise CheckpointError(
             f"{directory / CONFIG_FILE} is missing.{what_else_lies_in(directory)}"

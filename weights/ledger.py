@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.config import GPTConfig
+from weights.control_groups import group_folders
 
 SCALE_BYTES = 4  # beside a head's 8-bit keys of one token, and as many beside its values
 
@@ -13,6 +14,13 @@ _VALUE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "float8": 1}
 # Bytes of a weight that is multiplied with, and the type of any other number, the cache's too.
 _PRECISIONS = {"float32": (4, "float32"), "bfloat16": (2, "bfloat16"), "int8": (1, "bfloat16")}
 PRECISIONS = tuple(_PRECISIONS)
+
+# Of a control group: its limit, what it uses, and which line of `memory.stat` says how much of that
+# are files. Without a limit version 2 says "max", and version 1 more than there is memory.
+_GROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def kv_bytes_per_token(config: GPTConfig, kv_cache_dtype: str) -> int:
@@ -61,22 +69,25 @@ class MemoryLedger:
 
 
 def available_memory_bytes(
-    proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
+    proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
 ) -> int:
-    """Memory that this machine, or the container we run in, can give out now.
+    """Memory that this machine, and every control group that we are in, can give out now.
 
-    Files that the system holds in memory only because there was room count as available, be it
-    the machine's room or the container's: a checkpoint that was just read is among them.
+    A container is such a group, and so is a unit of systemd's. Files that the system holds in
+    memory only because there was room count as available, be it the machine's room or the group's:
+    a checkpoint that was just read is among them.
     """
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # Another operating system, or no container: the figure before stands.
+    # Another operating system: the figure before stands, and so it does where there is no limit.
     with suppress(OSError, ValueError, KeyError):
         available = 1024 * _numbers(proc / "meminfo")["MemAvailable:"]
-    with suppress(OSError, ValueError, KeyError):
-        limit = int((cgroup / "memory.max").read_text(encoding="ascii"))  # ValueError for "max"
-        used = int((cgroup / "memory.current").read_text(encoding="ascii"))
-        used -= _numbers(cgroup / "memory.stat")["inactive_file"]
-        available = min(available, limit - used)
+    for folder in group_folders("memory", proc / "self" / "cgroup", cgroups):
+        for limit_name, used_name, files_name in _GROUP_FILES:
+            with suppress(OSError, ValueError, KeyError):
+                limit = int((folder / limit_name).read_text(encoding="ascii"))
+                used = int((folder / used_name).read_text(encoding="ascii"))
+                used -= _numbers(folder / "memory.stat")[files_name]
+                available = min(available, limit - used)
     return max(0, available)
 
 

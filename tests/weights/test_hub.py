@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import os
 import socket
 import sys
 import threading
@@ -303,6 +305,18 @@ def test_file_in_place_of_a_directory_is_to_be_converted(tmp_path: Path) -> None
 
     with pytest.raises(HubError, match=r"ckpt\.pt is a file, .* kvik convert .*ckpt\.pt DIRECTORY"):
         resolve(str(tmp_path / "ckpt.pt"))
+
+
+def test_a_directory_behind_a_closed_one_is_refused_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(path: Path) -> bool:  # nothing is closed to root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_dir", closed)
+
+    with pytest.raises(HubError, match=r"/model cannot be read: Permission denied\.$"):
+        resolve(str(tmp_path / "model"))
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

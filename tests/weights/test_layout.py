@@ -51,6 +51,14 @@ def test_a_name_of_no_directory_is_refused(name: str, tmp_path: Path) -> None:
     assert "is not a directory" in refusal(tmp_path / name)
 
 
+def test_a_directory_that_is_closed_to_us_is_refused_as_such(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # nothing is closed to root
+
+    assert refusal(directory) == f"{directory} cannot be read: Permission denied."
+
+
 FILES = ["config.json", "generation_config.json", "model.safetensors"]
 
 

@@ -72,8 +72,9 @@ def write_cgroup(directory: Path, *, limit: str, used: int, inactive_file: int) 
 
 @pytest.fixture
 def proc(tmp_path: Path) -> Path:
-    """A machine with 5,000 KiB available."""
-    (tmp_path / "proc").mkdir()
+    """A machine with 5,000 KiB available, and a process in the first of its groups."""
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text("0::/\n")
     (tmp_path / "proc" / "meminfo").write_text(MEMINFO)
     return tmp_path / "proc"
 
@@ -105,6 +106,45 @@ def test_a_container_beyond_its_limit_has_nothing(proc: Path, tmp_path: Path) ->
     write_cgroup(tmp_path, limit="4000000", used=4_100_000, inactive_file=0)
 
     assert available_memory_bytes(proc, tmp_path) == 0
+
+
+@pytest.mark.parametrize("path", ["/", "/system.slice/kvik.service", "/elsewhere/on/the/machine"])
+def test_a_limit_is_seen_in_the_group_and_in_those_around_it(
+    path: str, proc: Path, tmp_path: Path
+) -> None:
+    (proc / "self" / "cgroup").write_text(f"0::{path}\n")
+    unit = tmp_path / "system.slice" / "kvik.service"
+    unit.mkdir(parents=True)
+    write_cgroup(unit, limit="max", used=0, inactive_file=0)
+    write_cgroup(tmp_path, limit="4000000", used=1_000_000, inactive_file=0)
+
+    assert available_memory_bytes(proc, tmp_path) == 3_000_000
+
+
+def test_the_tightest_group_counts(proc: Path, tmp_path: Path) -> None:
+    (proc / "self" / "cgroup").write_text("0::/a\n")
+    (tmp_path / "a").mkdir()
+    write_cgroup(tmp_path, limit="4000000", used=1_000_000, inactive_file=0)
+    write_cgroup(tmp_path / "a", limit="2000000", used=500_000, inactive_file=0)
+
+    assert available_memory_bytes(proc, tmp_path) == 1_500_000
+
+
+@pytest.mark.parametrize(
+    ("limit", "available"), [(4_000_000, 3_100_000), (9223372036854771712, 5000 * 1024)]
+)
+def test_a_limit_of_the_first_version_is_seen(
+    limit: int, available: int, proc: Path, tmp_path: Path
+) -> None:
+    # As Docker shows it: the path on the machine, and the group's own files where the first lies.
+    (proc / "self" / "cgroup").write_text("4:memory:/docker/1234\n3:cpu:/docker/1234\n0::/\n")
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    (memory / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (memory / "memory.usage_in_bytes").write_text("3900000\n")
+    (memory / "memory.stat").write_text("inactive_file 5\ntotal_inactive_file 3000000\n")
+
+    assert available_memory_bytes(proc, tmp_path) == available
 
 
 def test_without_either_file_something_is_available(tmp_path: Path) -> None:
