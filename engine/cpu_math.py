@@ -74,6 +74,11 @@ def _keep_kernels_by_source() -> "tempfile.TemporaryDirectory[str] | None":
     return passing
 
 
+def has_kept_kernels() -> bool:
+    """Whether an earlier process left compiled kernels for this one, or some of them."""
+    return any(Path(numba.config.CACHE_DIR).rglob("*.nbc"))
+
+
 _do_without_blas()
 _passing_folder = _keep_kernels_by_source()
 

@@ -1,9 +1,10 @@
 """How many threads an engine on a CPU has: as many as it may use cores; knows no torch."""
 
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from weights.control_groups import group_folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def cpu_quota(process: Path, cgroups: Path) -> float | None:
     Of Linux's control groups, version 2 and 1.
     """
     quotas: list[float] = []
-    for folder in _folders(process, cgroups):
+    for folder in group_folders("cpu", process, cgroups):
         with suppress(OSError, ValueError, ZeroDivisionError):  # ValueError for "max"
             time, period = (folder / "cpu.max").read_text(encoding="ascii").split()
             quotas.append(int(time) / int(period))
@@ -51,24 +52,3 @@ def cpu_quota(process: Path, cgroups: Path) -> float | None:
             if limit > 0:  # -1 is no limit
                 quotas.append(limit / period_us)
     return min(quotas, default=None)
-
-
-def _folders(process: Path, cgroups: Path) -> Iterator[Path]:
-    """The folders of the groups a process is in, and of those around them.
-
-    A container may see its group's path on the machine, and its files where the first group lies:
-    so folders that are not there are passed over.
-    """
-    lines: list[str] = []
-    with suppress(OSError):  # another operating system
-        lines = process.read_text(encoding="utf-8", errors="replace").splitlines()
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        for root in (cgroups, cgroups / controllers) if controllers else (cgroups,):
-            inner = root / path.lstrip("/")
-            yield inner
-            while inner != root:
-                inner = inner.parent
-                yield inner

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engine.config import EngineConfig, LaunchConfig
-from engine.cpu_math import announce_compiling
+from engine.cpu_math import announce_compiling, has_kept_kernels
 from engine.cpu_threads import choose_threads
 from engine.engine import Engine
 from engine.errors import DoesNotFit, StartRefused
@@ -60,7 +60,11 @@ def load_engine(
     with ThreadPoolExecutor(1) as executor:
         # LLVM and torch let go of the interpreter's lock: kernels come while weights are packed.
         if on_cpu:
+            is_first_start = not has_kept_kernels()
             kernels = executor.submit(_load_kernels, layout.config, precision, kv_cache_dtype)
+            if is_first_start:
+                # A compiler leaves some 200 MB behind, which the cache cannot have.
+                kernels.result()
         # On a CPU each block is packed, and read no sooner: reading all of them at first would take
         # as much memory again, which takes longer to come than what is read into it.
         model = load_layout(layout, device=device, dtype=dtype, reads_blocks_late=on_cpu)

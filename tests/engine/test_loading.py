@@ -57,26 +57,34 @@ def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "model", model=tiny_gpt(tiny_config(n_embd=64)))
     kernels = tmp_path / "kernels"
     program = (
-        "import sys\n"
+        "import pathlib, sys\n"
         "from engine.config import EngineConfig, LaunchConfig\n"
-        "from engine.loading import load_engine\n"
+        "from engine import loading\n"
+        "def available():\n"
+        "    print(*pathlib.Path(sys.argv[2]).rglob('*.nbc'), sep='\\n')\n"
+        "    return 10**9\n"
+        "loading.available_memory_bytes = available\n"
         "small = EngineConfig(max_num_sequences=4, max_num_scheduled_tokens=32, num_blocks=200)\n"
-        "load_engine(LaunchConfig(model=sys.argv[1], device='cpu', num_threads=1, engine=small))\n"
+        "config = LaunchConfig(model=sys.argv[1], device='cpu', num_threads=1, engine=small)\n"
+        "loading.load_engine(config)\n"
     )
 
-    def start() -> dict[str, int]:
-        """Start, and say when each file of compiled kernels was written."""
-        subprocess.run(
-            [sys.executable, "-c", program, str(tmp_path / "model")], check=True, cwd=ROOT,
+    def start() -> tuple[set[str], dict[str, int]]:
+        """Start, and say which kernels there were when memory was planned, and their ages."""
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "model"), str(kernels)], check=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(kernels)},
+            cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
-        files = (path for path in kernels.rglob("*") if path.is_file())
-        return {str(path): path.stat().st_mtime_ns for path in files}
+        files = kernels.rglob("*.nbc")
+        return set(done.stdout.split()), {str(file): file.stat().st_mtime_ns for file in files}
 
-    first = start()
+    planned_with, first = start()
+    _, second = start()
 
-    assert any(name.endswith(".nbc") for name in first)
-    assert start() == first
+    assert first
+    assert planned_with == set(first)  # what compiling takes is no memory for the cache
+    assert second == first
 
 
 def test_a_worker_imports_nothing_large_that_it_does_not_use() -> None:
