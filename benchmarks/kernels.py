@@ -5,10 +5,13 @@ no cache holds together.
 """
 
 import argparse
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import torch
 from rich.console import Console
@@ -17,6 +20,8 @@ from torch import Tensor
 
 from engine.attention_cpu import CPUPagedAttention
 from engine.batch import Rows, Span
+from engine.cpu_math import KERNEL, view
+from engine.cpu_tasks import counters, finish, take, team, wait
 from engine.kv_cache import KVCache
 from engine.linear_cpu import FusedLinear
 from engine.network_cpu import FusedNetwork
@@ -26,6 +31,7 @@ from model.gpt import GPT
 _CONFIG = GPTConfig()  # GPT-2 124M
 _SHAPES = {"c_attn": (2304, 768), "c_proj": (768, 768), "c_fc": (3072, 768),
            "mlp c_proj": (768, 3072), "head": (50257, 768)}  # fmt: skip
+_KINDS = ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False))
 _CACHED_BYTES = 2**27  # more than a processor's caches
 
 
@@ -70,13 +76,42 @@ def products(rows: int, rounds: int) -> Table:
     return table
 
 
-def _rows(num_sequences: int, rows: int, length: int) -> Rows:
-    """The last rows of sequences of one length, whose blocks lie anywhere."""
+class Part(NamedTuple):
+    """Sequences of one length in a step, each with its last rows."""
+
+    num_sequences: int
+    rows: int
+    length: int
+
+    @classmethod
+    def read(cls, text: str) -> "Part":
+        """Read `32x1@64`: 32 sequences of 64 tokens, a row each."""
+        found = re.fullmatch(r"(\d+)x(\d+)@(\d+)", text)
+        if found is None:
+            raise argparse.ArgumentTypeError(
+                f"a step is SEQUENCESxROWS@LENGTH, or several of these joined by +, got {text!r}"
+            )
+        return cls(*map(int, found.groups()))
+
+    def __str__(self) -> str:
+        """What `read` reads."""
+        return f"{self.num_sequences}x{self.rows}@{self.length}"
+
+
+def read_step(text: str) -> list[Part]:
+    """Read the parts of a step, joined by +."""
+    return [Part.read(part) for part in text.split("+")]
+
+
+def _rows(parts: Sequence[Part]) -> Rows:
+    """A step, whose sequences' blocks lie anywhere."""
+    num_sequences = sum(part.num_sequences for part in parts)
     blocks = np.random.default_rng(0).permutation(num_sequences * 64) + 1
     tables = blocks.astype(np.int32).reshape(num_sequences, 64)
-    sequences = np.repeat(np.arange(num_sequences), rows)
-    positions = np.tile(np.arange(length - rows, length), num_sequences)
-    spans = tuple(Span(s, length - rows, length, length) for s in range(num_sequences))
+    each = [part for part in parts for _ in range(part.num_sequences)]
+    sequences = np.repeat(np.arange(num_sequences), [part.rows for part in each])
+    positions = np.concatenate([np.arange(p.length - p.rows, p.length) for p in each])
+    spans = tuple(Span(s, p.length - p.rows, p.length, p.length) for s, p in enumerate(each))
     return Rows(positions, positions, sequences, tables, spans)
 
 
@@ -88,39 +123,40 @@ def _cache(rows: Rows, dtype: torch.dtype) -> KVCache:
     return cache
 
 
-def network(shapes: Sequence[tuple[int, int, int]], rounds: int) -> Table:
+def network(
+    steps: Sequence[Sequence[Part]], dtype: torch.dtype, rounds: int, *, quantizes: bool
+) -> Table:
     """The network in one call, as a step runs it: where its time goes, phase by phase."""
-    kinds = [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)]
-    names = list(dict.fromkeys(FusedNetwork.phases(1)))
-    table = Table(title="phases of a step, ms")
-    for heading in ("", "sequences", "rows of each", "last position", *names, "all, as called"):
-        table.add_column(heading, justify="right")
-    for dtype, quantizes in kinds:
-        kind = "int8" if quantizes else str(dtype).removeprefix("torch.")
-        for shape in shapes:
-            rows = _rows(*shape)
-            fused = FusedNetwork(
-                GPT(_CONFIG).to(dtype), _cache(rows, dtype), _CONFIG.vocab_size,
-                quantizes=quantizes,
-            )  # fmt: skip
-            chosen = np.arange(1, shape[0] + 1) * shape[1] - 1  # the last rows
-            phases = FusedNetwork.phases(_CONFIG.n_layer)
-            times, shares = [], []
-            for _ in range(rounds + 2):
-                start = time.perf_counter()
-                fused.run(rows, chosen if shape[1] > 1 else None)
-                times.append(time.perf_counter() - start)
-                # Of a phase that did not run, the end is the one's before. The first has no
-                # beginning, and takes next to nothing.
-                ends = np.maximum.accumulate(fused.phase_ends)
-                spent = np.diff(ends, prepend=ends[0])
-                shares.append(spent / spent.sum())
-            milliseconds = 1e3 * statistics.median(times[2:])
-            found = dict.fromkeys(names, 0.0)
-            for name, share in zip(phases, np.median(shares[2:], 0), strict=True):
-                found[name] += milliseconds * share
-            columns = [f"{value:.2f}" for value in (*found.values(), milliseconds)]
-            table.add_row(kind, *map(str, shape), *columns)
+    kind = "int8" if quantizes else str(dtype).removeprefix("torch.")
+    table = Table(title=f"phases of a step in {kind}, ms")
+    table.add_column("")
+    columns = []
+    for parts in steps:
+        table.add_column(" + ".join(map(str, parts)), justify="right")
+        rows = _rows(parts)
+        fused = FusedNetwork(
+            GPT(_CONFIG).to(dtype), _cache(rows, dtype), _CONFIG.vocab_size, quantizes=quantizes
+        )
+        ends = np.flatnonzero(np.diff(rows.row_sequences, append=-1))  # the last rows
+        chosen = None if len(ends) == len(rows.tokens) else ends
+        times, shares = [], []
+        for _ in range(rounds + 2):
+            start = time.perf_counter()
+            fused.run(rows, chosen)
+            times.append(time.perf_counter() - start)
+            # Of a phase that did not run, the end is the one's before. The first has no
+            # beginning, and takes next to nothing.
+            clock = np.maximum.accumulate(fused.phase_ends)
+            spent = np.diff(clock, prepend=clock[0])
+            shares.append(spent / spent.sum())
+        milliseconds = 1e3 * statistics.median(times[2:])
+        phases = FusedNetwork.phases(_CONFIG.n_layer)
+        found = dict.fromkeys(phases, 0.0)
+        for name, share in zip(phases, np.median(shares[2:], 0), strict=True):
+            found[name] += milliseconds * share
+        columns.append({**found, "all, as called": milliseconds})
+    for name in columns[0]:
+        table.add_row(name, *(f"{column[name]:.2f}" for column in columns))
     return table
 
 
@@ -128,10 +164,10 @@ def attention(rounds: int) -> Table:
     """Attention of one layer over the paged cache."""
     table = Table(title="attention of a layer, µs")
     headings = ("bfloat16", "bfloat16, int8 cache", "float32", "float32, int8 cache")
-    for heading in ("sequences", "rows of each", "last position", *headings):
+    for heading in ("a step", *headings, "bare reads of bfloat16"):
         table.add_column(heading, justify="right")
-    for num_sequences, rows, length in ((1, 1, 64), (32, 1, 64), (32, 1, 256), (1, 512, 512)):
-        batch = _rows(num_sequences, rows, length)
+    for step in ("1x1@64", "32x1@64", "32x1@256", "32x1@380", "1x512@512"):
+        batch = _rows(read_step(step))
         found = []
         for dtype, cache_dtype in (
             (torch.bfloat16, torch.bfloat16),
@@ -148,8 +184,51 @@ def attention(rounds: int) -> Table:
                 for layer in range(_CONFIG.n_layer)
             ]
             found += median_microseconds([calls], rounds)
-        table.add_row(*map(str, (num_sequences, rows, length, *found)))
+        halves = _cache(batch, torch.bfloat16)
+        reads = [
+            lambda layer=layer, batch=batch, cache=halves: read_runs(batch, cache, layer)
+            for layer in range(_CONFIG.n_layer)
+        ]
+        found += median_microseconds([reads], rounds)
+        table.add_row(step, *map(str, found))
     return table
+
+
+def read_runs(rows: Rows, cache: KVCache, layer: int) -> Tensor:
+    """Read the keys and values that attention of lone rows reads, and do nothing with them.
+
+    In the same runs, a block's keys or values of all heads, and by as many threads.
+    """
+    num_threads = torch.get_num_threads()
+    sums = np.zeros((num_threads, 8))
+    lengths = np.array([span.end for span in rows.spans])
+    team(num_threads).run(
+        _read_compiled, counters(1), rows.block_tables, lengths, layer, view(cache.kv),
+        cache.block_size, sums,
+    )  # fmt: skip
+    return torch.from_numpy(sums)
+
+
+def _read(
+    thread: Any, num_threads: Any, counts: Any, tables: Any, lengths: Any, layer: Any, cache: Any,
+    block_size: Any, sums: Any,
+) -> None:  # fmt: skip
+    while True:
+        sequence = take(counts, 0)
+        if sequence >= len(lengths):
+            break
+        for which in range(2):
+            for index in range((lengths[sequence] + block_size - 1) // block_size):
+                run = cache[tables[sequence, index], layer, which].reshape(-1).view(np.int64)
+                total = np.int64(0)
+                for place in range(np.uintp(len(run))):
+                    total += run[place]
+                sums[thread, 0] += total
+        finish(counts, 0)
+    wait(counts, 0, len(lengths))
+
+
+_read_compiled = numba.njit(**KERNEL)(_read)
 
 
 def main() -> None:
@@ -157,14 +236,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument(
+        "--steps", type=read_step, nargs="+", metavar="STEP",
+        default=[read_step(step) for step in ("1x1@64", "8x1@64", "32x1@64", "1x256@256")],
+        help="SEQUENCESxROWS@LENGTH, joined by +: 31x1@380+1x160@160 is a prompt beside 31 others",
+    )  # fmt: skip
     arguments = parser.parse_args()
     console = Console()
     with torch.inference_mode():
         for rows in arguments.rows:
             console.print(products(rows, arguments.rounds))
         console.print(attention(arguments.rounds))
-        shapes = [(rows, 1, 64) for rows in arguments.rows] + [(1, 256, 256)]
-        console.print(network(shapes, arguments.rounds))
+        for dtype, quantizes in _KINDS:
+            console.print(network(arguments.steps, dtype, arguments.rounds, quantizes=quantizes))
 
 
 if __name__ == "__main__":
