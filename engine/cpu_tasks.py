@@ -209,14 +209,20 @@ def _pause(context: Any) -> Any:
 
 @numba.extending.intrinsic
 def _stamp(context: Any, counts: Any, phase: Any) -> Any:
-    """Note the processor's clock beside the count of what is done."""
+    """Note the processor's clock beside the count of what is done, where programs may read one."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(64), [])
+        if platform.machine() in ("x86_64", "AMD64"):
+            clock = cgutils.get_or_insert_function(builder.module, kind, "llvm.readcyclecounter")
+        elif platform.machine() in ("aarch64", "arm64"):
+            # LLVM's own would be the counter of cycles, which most systems keep to themselves.
+            clock = ir.InlineAsm(kind, "mrs $0, cntvct_el0", "=r", side_effect=True)
+        else:
+            return context.get_dummy_value()
         done = _place(context, builder, signature, arguments, 1)
-        clock = ir.FunctionType(ir.IntType(64), [])
-        function = cgutils.get_or_insert_function(builder.module, clock, "llvm.readcyclecounter")
         at = builder.gep(done, [ir.Constant(ir.IntType(32), 1)])
-        builder.store_atomic(builder.call(function, []), at, "monotonic", 8)
+        builder.store_atomic(builder.call(clock, []), at, "monotonic", 8)
         return context.get_dummy_value()
 
     return types.void(counts, types.intp), generate

@@ -77,7 +77,10 @@ def available_memory_bytes(
     memory only because there was room count as available, be it the machine's room or the group's:
     a checkpoint that was just read is among them.
     """
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # macOS says no more than what there is: half of it should be to be had.
+    tells = "SC_AVPHYS_PAGES" in os.sysconf_names
+    pages = os.sysconf("SC_AVPHYS_PAGES") if tells else os.sysconf("SC_PHYS_PAGES") // 2
+    available = pages * os.sysconf("SC_PAGE_SIZE")
     # Another operating system: the figure before stands, and so it does where there is no limit.
     with suppress(OSError, ValueError, KeyError):
         available = 1024 * _numbers(proc / "meminfo")["MemAvailable:"]

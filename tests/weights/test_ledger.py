@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,16 @@ def test_a_limit_of_the_first_version_is_seen(
 
 def test_without_either_file_something_is_available(tmp_path: Path) -> None:
     assert available_memory_bytes(tmp_path, tmp_path) > 0
+
+
+def test_a_system_that_tells_only_what_there_is_is_asked_for_half(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = {name: value for name, value in os.sysconf_names.items() if "AVPHYS" not in name}
+    monkeypatch.setattr(os, "sysconf_names", names)  # as on macOS
+
+    there_is = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0.49 * there_is < available_memory_bytes(tmp_path, tmp_path) < 0.51 * there_is
 
 
 @pytest.mark.parametrize(
