@@ -226,7 +226,7 @@ async def _serve(
                 raise CannotServe(str(error)) from None
             service.fingerprint()
             logger.info(
-                "engine ready device=%s dtype=%s products=%s weights_bytes=%d kv_cache_bytes=%d "
+                "engine ready device=%s dtype=%s products=%r weights_bytes=%d kv_cache_bytes=%d "
                 "numerics=%r",
                 facts.device, facts.dtype, facts.products, facts.weights_bytes,
                 facts.kv_cache_bytes, facts.numerics,
