@@ -20,7 +20,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba.core import cgutils, types
 
 from engine.cpu_math import Array
@@ -216,7 +216,9 @@ def _stamp(context: Any, counts: Any, phase: Any) -> Any:
         if platform.machine() in ("x86_64", "AMD64"):
             clock = cgutils.get_or_insert_function(builder.module, kind, "llvm.readcyclecounter")
         elif platform.machine() in ("aarch64", "arm64"):
-            # LLVM's own would be the counter of cycles, which most systems keep to themselves.
+            # LLVM's own would be the counter of cycles, which most systems keep to themselves. And
+            # without a parser, which numba asks for nowhere, it ends the process at this line.
+            binding.initialize_native_asmparser()
             clock = ir.InlineAsm(kind, "mrs $0, cntvct_el0", "=r", side_effect=True)
         else:
             return context.get_dummy_value()
