@@ -46,6 +46,13 @@ def median_microseconds(calls: Sequence[Sequence[Callable[[], Tensor]]], rounds:
     return [round(1e6 * statistics.median(found[2:])) for found in times]
 
 
+def _has_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of a type for this processor."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _onednn(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """The product with a weight (out, in) that oneDNN has packed, as torch offers it."""
     operations = torch.ops.mkldnn
@@ -56,19 +63,20 @@ def _onednn(weight: Tensor) -> Callable[[Tensor], Tensor]:
 def products(rows: int, rounds: int) -> Table:
     """Bare products, without what surrounds them in a block."""
     table = Table(title=f"products of {rows} rows, µs")
-    for heading in ("", "bfloat16", "oneDNN bfloat16", "int8", "float32", "oneDNN float32"):
+    onednn = [dtype for dtype in (torch.bfloat16, torch.float32) if _has_onednn(dtype)]
+    names = [str(dtype).replace("torch.", "oneDNN ") for dtype in onednn]
+    for heading in ("", "bfloat16", "int8", "float32", *names):
         table.add_column(heading, justify="right")
     for name, (num_out, num_in) in _SHAPES.items():
-        calls: list[list[Callable[[], Tensor]]] = [[] for _ in range(5)]
+        calls: list[list[Callable[[], Tensor]]] = [[] for _ in range(3 + len(onednn))]
         for _ in range(max(1, _CACHED_BYTES // (num_out * num_in * 2))):
             weight, x = torch.randn(num_out, num_in) * 0.02, torch.randn(rows, num_in)
-            half, half_x = weight.bfloat16(), x.bfloat16()
-            kinds = [
+            half = weight.bfloat16()
+            kinds: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
                 (FusedLinear(half), x),
-                (_onednn(half), half_x),
                 (FusedLinear(half, quantizes=True), x),
                 (FusedLinear(weight), x),
-                (_onednn(weight), x),
+                *((_onednn(weight.to(dtype)), x.to(dtype)) for dtype in onednn),
             ]
             for kind, (product, given) in zip(calls, kinds, strict=True):
                 kind.append(lambda product=product, given=given: product(given))  # type: ignore[misc]
@@ -148,7 +156,7 @@ def network(
             # beginning, and takes next to nothing.
             clock = np.maximum.accumulate(fused.phase_ends)
             spent = np.diff(clock, prepend=clock[0])
-            shares.append(spent / spent.sum())
+            shares.append(spent / max(1, spent.sum()))  # 0 where programs may read no clock
         milliseconds = 1e3 * statistics.median(times[2:])
         phases = FusedNetwork.phases(_CONFIG.n_layer)
         found = dict.fromkeys(phases, 0.0)

@@ -13,10 +13,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import numba
 import numpy as np
 import torch
 from numba.core import event
+from numba.core.registry import cpu_target
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -74,9 +76,16 @@ def _keep_kernels_by_source() -> "tempfile.TemporaryDirectory[str] | None":
     return passing
 
 
-def has_kept_kernels() -> bool:
-    """Whether an earlier process left compiled kernels for this one, or some of them."""
-    return any(Path(numba.config.CACHE_DIR).rglob("*.nbc"))
+def compiled_for() -> str:
+    """The processor that kernels are compiled for, and by what: their last bits depend on both."""
+    magic = cpu_target.target_context.codegen().magic_tuple()
+    return f"{' '.join(magic)} llvmlite {llvmlite.__version__}"
+
+
+def kept_mark(*what: str) -> Path:
+    """The file that says that all kernels for something are compiled and kept; it may be absent."""
+    digest = hashlib.sha256("\n".join((*what, compiled_for())).encode())
+    return Path(numba.config.CACHE_DIR) / f"complete-{digest.hexdigest()[:16]}"
 
 
 _do_without_blas()

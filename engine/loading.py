@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engine.config import EngineConfig, LaunchConfig
-from engine.cpu_math import announce_compiling, has_kept_kernels
+from engine.cpu_math import announce_compiling, compiled_for, kept_mark
 from engine.cpu_threads import choose_threads
 from engine.engine import Engine
 from engine.errors import DoesNotFit, StartRefused
@@ -60,11 +60,14 @@ def load_engine(
     with ThreadPoolExecutor(1) as executor:
         # LLVM and torch let go of the interpreter's lock: kernels come while weights are packed.
         if on_cpu:
-            is_first_start = not has_kept_kernels()
+            mark = kept_mark(precision.name, kv_cache_precision)
+            are_kept = mark.exists()
             kernels = executor.submit(_load_kernels, layout.config, precision, kv_cache_dtype)
-            if is_first_start:
+            if not are_kept:
                 # A compiler leaves some 200 MB behind, which the cache cannot have.
                 kernels.result()
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.touch()
         # On a CPU each block is packed, and read no sooner: reading all of them at first would take
         # as much memory again, which takes longer to come than what is read into it.
         model = load_layout(layout, device=device, dtype=dtype, reads_blocks_late=on_cpu)
@@ -73,7 +76,6 @@ def load_engine(
         plan = plan_memory(
             layout.config,
             engine_config,
-            bytes_per_value=dtype.itemsize,
             kv_bytes_per_token=kv_bytes_per_token(layout.config, kv_cache_precision),
             weights_bytes=weights_bytes,
             available_bytes=_available_bytes(device) - max(0, weights_bytes - held),
@@ -117,6 +119,7 @@ def load_engine(
         device=str(device),
         dtype=precision.name,
         products=precision.products,
+        compiled_for=_compiled_for(device),
         numerics=precision.reason,
         kv_cache_dtype=kv_cache_precision,
         n_ctx=engine.n_ctx,
@@ -161,6 +164,12 @@ def _load_kernels(config: GPTConfig, precision: Precision, kv_cache_dtype: torch
     )
     with announce_compiling():
         engine.warm_up()
+
+
+def _compiled_for(device: torch.device) -> str:
+    if device.type == "cpu":
+        return compiled_for()
+    return f"{torch.cuda.get_device_name(device)} torch {torch.__version__}"  # and its Triton
 
 
 def _return_free_memory() -> None:

@@ -33,15 +33,15 @@ class MemoryPlan:
         return (self.num_blocks - 1) // -(-self.n_ctx // self.block_size)
 
 
-def working_bytes(config: GPTConfig, engine: EngineConfig, *, bytes_per_value: int) -> int:
+def working_bytes(config: GPTConfig, engine: EngineConfig) -> int:
     """The most that one step's intermediate values take.
 
-    Rows of the residual stream, of q, k, v and of the MLP, each layer's in place of the last's;
-    scores of every row and head; float32 logits of every sequence, and as much twice again while
-    they are filtered, or those of scored prompt positions.
+    All in float32, as a CPU has it. Rows of the residual stream, of q, k, v and of the MLP, each
+    layer's in place of the last's; scores of every row and head; logits of every sequence, and as
+    much twice again while they are filtered, or those of scored prompt positions.
     """
     rows = engine.step_tokens
-    hidden = rows * (6 * config.n_embd + 2 * config.mlp_width) * bytes_per_value
+    hidden = 4 * rows * (6 * config.n_embd + 2 * config.mlp_width)
     scores = 4 * rows * config.n_head * config.n_ctx
     logits = 4 * config.vocab_size * max(3 * engine.max_num_sequences, SCORED_ROWS)
     return hidden + scores + logits
@@ -51,7 +51,6 @@ def plan_memory(
     config: GPTConfig,
     engine: EngineConfig,
     *,
-    bytes_per_value: int,
     kv_bytes_per_token: int,
     weights_bytes: int,
     available_bytes: int,
@@ -65,7 +64,7 @@ def plan_memory(
     """
     bytes_per_block = engine.block_size * kv_bytes_per_token
     blocks_per_sequence = -(-config.n_ctx // engine.block_size)
-    working = working_bytes(config, engine, bytes_per_value=bytes_per_value)
+    working = working_bytes(config, engine)
     free = available_bytes - working
     if engine.num_blocks is not None:
         num_blocks = engine.num_blocks

@@ -95,6 +95,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
     device: str
     dtype: str  # of the weights: float32, bfloat16 or int8
     products: str  # the instructions that multiply, or GPU
+    compiled_for: str  # what kernels were compiled for and by: with others, last bits may differ
     numerics: str  # why these two, for people
     kv_cache_dtype: str
     n_ctx: int

@@ -178,8 +178,7 @@ def _replace_linear_layers(model: GPT) -> None:
 def _count_bytes(value: object, held: dict[int, int]) -> None:
     """Add the tensors and arrays in a value, by where they lie, with the bytes of each."""
     if isinstance(value, Tensor):
-        is_packed = value.is_mkldnn  # opaque: it does not tell where it lies
-        held[id(value) if is_packed else value.data_ptr()] = value.numel() * value.itemsize
+        held[value.data_ptr()] = value.nbytes
     elif isinstance(value, np.ndarray):
         held[value.ctypes.data] = value.nbytes
     elif isinstance(value, PackedWeights):

@@ -13,7 +13,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.b
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """What was chosen. 8 bits are the weights' alone: the other numbers are bfloat16 then."""
+    """What was chosen. 8 bits are the products' alone: embeddings and cache are bfloat16 then."""
 
     name: str  # float32, bfloat16 or int8
     products: str  # the instructions that multiply, or GPU

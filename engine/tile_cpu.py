@@ -86,6 +86,7 @@ def _registers() -> int:
     if "avx512f" in features:
         return 24  # of 32
     # Of 16 registers of 8 numbers or 32 of 4 (ARM); of 16 with 4, as the oldest have, less is left.
+    # AVX is one of these: its registers of 8 hold no whole numbers.
     return 6 if "avx2" in features or architecture in _ARM else 3
 
 
@@ -188,7 +189,7 @@ def multiply_tile(
     """Multiply 1 to ROWS rows of inputs with the 48 outputs of a packed group, over all steps.
 
     All but kind, rows and steps are addresses. sums (ROWS, 48) float32, or int32 for INT8, are
-    overwritten as far as there are rows. 64 or 192 bytes a step are asked for from `asked` on,
+    overwritten as far as there are rows. 0, 64 or 192 bytes a step are asked for from `asked` on,
     where the next weights lie: so memory works while the processor multiplies. An output's products
     are added up in the order of its inputs, whatever the number of rows.
     """

@@ -225,6 +225,7 @@ class Service:
                 facts.dtype,
                 facts.kv_cache_dtype,
                 facts.products,
+                facts.compiled_for,
                 str(facts.is_batch_invariant),
                 str(facts.same_bytes),
             )

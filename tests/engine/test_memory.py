@@ -22,7 +22,6 @@ def plan(
     return plan_memory(
         GPT2,
         engine or EngineConfig(),
-        bytes_per_value=2,
         kv_bytes_per_token=BLOCK_BYTES // 16,
         weights_bytes=250_000_000,
         available_bytes=available_bytes,
@@ -39,7 +38,7 @@ def test_plenty_of_memory_gives_every_sequence_a_full_context() -> None:
 
 
 def test_little_memory_gives_the_cache_its_share_of_what_a_step_leaves() -> None:
-    working = working_bytes(GPT2, EngineConfig(), bytes_per_value=2)
+    working = working_bytes(GPT2, EngineConfig())
 
     ledger = plan(working + 2 * GB)
 
@@ -60,7 +59,6 @@ def test_a_cache_of_smaller_values_holds_more_of_them() -> None:
         return plan_memory(
             GPT2,
             EngineConfig(),
-            bytes_per_value=2,
             kv_bytes_per_token=kv_bytes_per_token(GPT2, kv_cache_dtype),
             weights_bytes=250_000_000,
             available_bytes=100 * GB,
@@ -81,7 +79,7 @@ def test_too_little_free_memory_is_refused_with_what_to_lower() -> None:
 
 
 def test_a_cache_beyond_what_is_free_is_refused_with_the_most_that_fits() -> None:
-    working = working_bytes(GPT2, EngineConfig(), bytes_per_value=2)
+    working = working_bytes(GPT2, EngineConfig())
 
     with pytest.raises(DoesNotFit, match=r"lower num_blocks to at most 100, "):
         plan(working + 100 * BLOCK_BYTES, engine=EngineConfig(num_blocks=101))

@@ -19,6 +19,7 @@ FACTS = Ready(
     dtype="float32",
     kv_cache_dtype="float32",
     products="AVX-512",
+    compiled_for="a processor",
     numerics="float32 was asked for; products with AVX-512",
     n_ctx=64,
     vocab_size=268,

@@ -226,8 +226,8 @@ def test_a_refused_request_has_a_timeline_too(serve: Serve) -> None:
     ("field", "other"),
     [
         ("weights_id", "cd" * 32), ("device", "cuda"), ("dtype", "bfloat16"),
-        ("kv_cache_dtype", "float8"), ("products", "AVX2"), ("is_batch_invariant", False),
-        ("same_bytes", False),
+        ("kv_cache_dtype", "float8"), ("products", "AVX2"), ("compiled_for", "another"),
+        ("is_batch_invariant", False), ("same_bytes", False),
     ],
 )  # fmt: skip
 def test_the_fingerprint_tells_what_decides_on_the_bytes(
