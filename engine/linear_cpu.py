@@ -195,11 +195,12 @@ def _phases(kind: int) -> Phases:
             for start in range(0, num_rows, ROWS):
                 rows = np.uintp(min(ROWS, num_rows - start))
                 turn = np.uintp(start // ROWS)
-                # All of the next weights during the only tile, or a third during each of three.
+                # All of the next weights during the first of two tiles, or a third in each of three.
                 asked, asked_a_step = group_at, np.uintp(0)
-                if _FEW_ROWS < num_rows <= ROWS:
-                    asked, asked_a_step = ahead, np.uintp(4 * _WIDTH)
-                elif num_rows > ROWS and turn < np.uintp(BLOCKS):
+                if _FEW_ROWS < num_rows <= 2 * ROWS:
+                    if start == 0:
+                        asked, asked_a_step = ahead, np.uintp(4 * _WIDTH)
+                elif num_rows > 2 * ROWS and turn < np.uintp(BLOCKS):
                     asked, asked_a_step = ahead + turn * block_bytes, np.uintp(4 * LANES)
                 multiply_tile(
                     kind, rows, x + np.uintp(start) * x_bytes, group_at, steps, asked,
