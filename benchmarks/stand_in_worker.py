@@ -90,8 +90,8 @@ class _StandIn:
                 pid=os.getpid(), device="none", dtype="none", products="none",
                 compiled_for="nothing", numerics="nothing is computed", kv_cache_dtype="none",
                 n_ctx=layout.config.n_ctx, vocab_size=tokenizer.vocab_size, num_blocks=1,
-                block_size=16, weights_bytes=0, working_bytes=0, kv_cache_bytes=0, available_bytes=0, weights_id="0" * 64,
-                is_batch_invariant=True,
+                block_size=16, weights_bytes=0, working_bytes=0, kv_cache_bytes=0,
+                available_bytes=0, weights_id="0" * 64, is_batch_invariant=True,
             )
         )  # fmt: skip
 

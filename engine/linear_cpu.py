@@ -195,7 +195,7 @@ def _phases(kind: int) -> Phases:
             for start in range(0, num_rows, ROWS):
                 rows = np.uintp(min(ROWS, num_rows - start))
                 turn = np.uintp(start // ROWS)
-                # All of the next weights during the first of two tiles, or a third in each of three.
+                # All of the next weights in the first of two tiles, or a third in each of three.
                 asked, asked_a_step = group_at, np.uintp(0)
                 if _FEW_ROWS < num_rows <= 2 * ROWS:
                     if start == 0:
