@@ -291,11 +291,11 @@ class PackedWeights:
             gain = norm.weight.detach().float()
             offset = None if norm.bias is None else norm.bias.detach().float()
         if bias is not None:
-            self._bias[layer, : len(weight)] = bias.detach().float()
+            self._bias[layer, : len(weight)] = bias.detach().float().numpy()
         if self.kind != INT8 and gain is not None:
-            self._gain[layer] = gain
+            self._gain[layer] = gain.numpy()
             if offset is not None:
-                self._offset[layer] = offset
+                self._offset[layer] = offset.numpy()
         # Some outputs at a time: as much memory as the head would take at once is slow to come.
         count = max(1, _VALUES_AT_ONCE // (_WIDTH * self._size)) * _WIDTH
         for first in range(0, len(weight), count):
@@ -320,8 +320,8 @@ class PackedWeights:
             weight = weight * gain
         scales = weight.abs().amax(1).clamp(min=1e-30) / 127
         codes = (weight / scales[:, None]).round_().to(torch.int8)
-        self._column_scales[layer, outputs] = scales
-        self._column_sums[layer, outputs] = codes.sum(1, dtype=torch.int32)
+        self._column_scales[layer, outputs] = scales.numpy()
+        self._column_sums[layer, outputs] = codes.sum(1, dtype=torch.int32).numpy()
         return codes
 
     @property

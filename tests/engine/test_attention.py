@@ -16,6 +16,7 @@ from engine.attention_cpu import CPUPagedAttention
 from engine.batch import ModelInput
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache
+from engine.tile_cpu import processor
 from model.attention import CausalAttention
 from model.config import GPTConfig
 
@@ -282,7 +283,7 @@ def test_a_broken_key_or_value_breaks_the_rows_that_see_it_and_no_others(
 
 def test_kernels_serve_processors_with_shorter_vectors(tmp_path: Path) -> None:
     """The same tests where LLVM knows of AVX2 alone, and must split vectors of 16 numbers."""
-    if "avx2" not in Path("/proc/cpuinfo").read_text(encoding="ascii"):
+    if "avx2" not in processor()[1]:
         pytest.skip("needs a processor with AVX2")
     names = (
         "test_the_cache_may_be_of_another_precision",
