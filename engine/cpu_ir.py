@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.np import numpy_support
 
 LANES = 16
 LINE = 64  # bytes that a processor fetches together
+ARM = ("aarch64", "arm64")  # as Linux and macOS say
 
 SIZE = ir.IntType(64)
 BYTE = ir.IntType(8)
@@ -30,10 +32,15 @@ _AS_WRITTEN = ("nsz",)
 WHOLE = 1.5 * 2**23  # added to a float32, it rounds to whole numbers, in the lowest bits
 
 
-def budget(context: Any) -> int:
+def processor() -> tuple[str, frozenset[str]]:
+    """The architecture that numba compiles for, and what it has, by LLVM's names."""
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return triple.split("-")[0], frozenset(f[1:] for f in features.split(",") if f[:1] == "+")
+
+
+def budget() -> int:
     """How many vectors of totals the processor's registers hold beside what they add up."""
-    _, _, features = context.codegen().magic_tuple()
-    return 16 if "+avx512f" in features else 4
+    return 16 if "avx512f" in processor()[1] else 4
 
 
 def number(value: int) -> Any:

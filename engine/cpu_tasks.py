@@ -11,7 +11,6 @@ import ctypes
 import functools
 import logging
 import os
-import platform
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +22,7 @@ import numpy as np
 from llvmlite import binding, ir
 from numba.core import cgutils, types
 
-from engine.cpu_ir import call
+from engine.cpu_ir import ARM, call, processor
 from engine.cpu_math import Array
 
 logger = logging.getLogger(__name__)
@@ -199,9 +198,9 @@ def _yield_core(context: Any) -> Any:
 @numba.extending.intrinsic
 def _pause(context: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if platform.machine() in ("x86_64", "AMD64"):
+        if processor()[0] == "x86_64":
             call(builder, "llvm.x86.sse2.pause", ir.VoidType())
-        elif platform.machine() in ("aarch64", "arm64"):
+        elif processor()[0] in ARM:
             # A barrier takes about as long; ARM's own `yield` takes no time at all.
             call(builder, "llvm.aarch64.isb", ir.VoidType(), ir.Constant(ir.IntType(32), 15))
         return context.get_dummy_value()
@@ -215,9 +214,9 @@ def _stamp(context: Any, counts: Any, phase: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.FunctionType(ir.IntType(64), [])
-        if platform.machine() in ("x86_64", "AMD64"):
+        if processor()[0] == "x86_64":
             clock = cgutils.get_or_insert_function(builder.module, kind, "llvm.readcyclecounter")
-        elif platform.machine() in ("aarch64", "arm64"):
+        elif processor()[0] in ARM:
             # LLVM's own would be the counter of cycles, which most systems keep to themselves. And
             # without a parser, which numba asks for nowhere, it ends the process at this line.
             binding.initialize_native_asmparser()

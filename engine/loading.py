@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -66,8 +67,9 @@ def load_engine(
             if not are_kept:
                 # A compiler leaves some 200 MB behind, which the cache cannot have.
                 kernels.result()
-                mark.parent.mkdir(parents=True, exist_ok=True)
-                mark.touch()
+                with suppress(OSError):  # a full disk: the next start waits again
+                    mark.parent.mkdir(parents=True, exist_ok=True)
+                    mark.touch()
         # On a CPU each block is packed, and read no sooner: reading all of them at first would take
         # as much memory again, which takes longer to come than what is read into it.
         model = load_layout(layout, device=device, dtype=dtype, reads_blocks_late=on_cpu)

@@ -14,9 +14,9 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
-from numba.core.registry import cpu_target
 
 from engine.cpu_ir import (
+    ARM,
     FLOATS,
     LANES,
     WORD,
@@ -26,6 +26,7 @@ from engine.cpu_ir import (
     load,
     number,
     plus,
+    processor,
     splat,
     store,
     times,
@@ -35,14 +36,7 @@ from engine.cpu_ir import (
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # kinds of products, by their weights
 BLOCKS = 3  # of 16 outputs, which a tile has
 VALUES = {FLOAT32: 1, BFLOAT16: 2, INT8: 4}  # inputs of a row in a step: 4 bytes of weights
-_ARM = ("aarch64", "arm64")  # as Linux and macOS say
 _SHORTS = ir.VectorType(ir.IntType(16), 2 * LANES)
-
-
-def processor() -> tuple[str, frozenset[str]]:
-    """The architecture that numba compiles for, and what it has, by LLVM's names."""
-    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return triple.split("-")[0], frozenset(f[1:] for f in features.split(",") if f[:1] == "+")
 
 
 class Arithmetic(NamedTuple):
@@ -62,7 +56,7 @@ class Arithmetic(NamedTuple):
 def arithmetic(kind: int) -> Arithmetic:
     """The fastest that the processor has for a kind."""
     architecture, features = processor()
-    name = {"x86_64": "SSE2", **dict.fromkeys(_ARM, "NEON")}.get(architecture, architecture)
+    name = {"x86_64": "SSE2", **dict.fromkeys(ARM, "NEON")}.get(architecture, architecture)
     vectors = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX"}
     name = next((vectors[one] for one in vectors if one in features), name)
     if kind == FLOAT32:
@@ -87,7 +81,7 @@ def _registers() -> int:
         return 24  # of 32
     # Of 16 registers of 8 numbers or 32 of 4 (ARM); of 16 with 4, as the oldest have, less is left.
     # AVX is one of these: its registers of 8 hold no whole numbers.
-    return 6 if "avx2" in features or architecture in _ARM else 3
+    return 6 if "avx2" in features or architecture in ARM else 3
 
 
 _TOTALS = _registers()

@@ -170,7 +170,7 @@ def score(
         def multiply(num_rows: int) -> None:
             """16 products at a time, of one row with 16 keys or of 8 with 2; then their sums."""
             num_keys = LANES // num_rows
-            some = budget(context)
+            some = budget()
             asked = [builder.add(queries, builder.mul(stride, number(r))) for r in range(num_rows)]
 
             def several(key: Any, _: Sequence[Any]) -> list[Any]:
@@ -318,8 +318,8 @@ def mix(
         line_channels = LINE // values.item_bytes
 
         def add(num_rows: int) -> None:
-            some = min(num_rows, budget(context))
-            several = min(4, budget(context) // some)
+            some = min(num_rows, budget())
+            several = min(4, budget() // some)
             step = number(4 * LANES * several)
             many = builder.mul(builder.udiv(stride, step), step)
             for top in range(0, num_rows, some):

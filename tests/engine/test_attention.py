@@ -15,8 +15,8 @@ from engine.attention import PagedAttention
 from engine.attention_cpu import CPUPagedAttention
 from engine.batch import ModelInput
 from engine.config import EngineConfig
+from engine.cpu_ir import processor
 from engine.kv_cache import KVCache
-from engine.tile_cpu import processor
 from model.attention import CausalAttention
 from model.config import GPTConfig
 

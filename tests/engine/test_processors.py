@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.tile_cpu import processor
+from engine.cpu_ir import processor
 
 ROOT = Path(__file__).parents[2]
 _AVX2 = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt"
