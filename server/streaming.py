@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -27,6 +28,8 @@ _HEADERS = [
 ]
 _DONE = b"data: [DONE]\n\n"
 _PING = b": still here\n\n"
+# No ends of lines to SSE, nor to JSON; but to `str.splitlines`, which some clients cut streams by.
+_LINE_BREAKS = re.compile(rb"\xc2\x85|\xe2\x80[\xa8\xa9]")
 
 
 def choice_reply(index: int, run: PromptRun, delta: Delta) -> dict[str, Any]:
@@ -75,9 +78,16 @@ def whole_reply(generation: Generation, fingerprint: str) -> bytes:
     )
 
 
+def _in_one_line(json: bytes) -> bytes:
+    """The same JSON, with whatever anybody takes for the end of a line escaped."""
+    if json.isascii():
+        return json
+    return _LINE_BREAKS.sub(lambda found: b"\\u%04x" % ord(found[0].decode()), json)
+
+
 def error_event(error: ApiError) -> bytes:
     """What a stream ends with when it cannot end well."""
-    return b"data: " + error.to_json() + b"\n\n"
+    return b"data: " + _in_one_line(error.to_json()) + b"\n\n"
 
 
 class Frames:
@@ -87,7 +97,8 @@ class Frames:
         options = generation.body.stream_options
         self._includes_usage = options is not None and options.include_usage
         self._generation = generation
-        self._prefix = b"data: " + encode(head(generation, fingerprint))[:-1] + b',"choices":['
+        beginning = _in_one_line(encode(head(generation, fingerprint)))
+        self._prefix = b"data: " + beginning[:-1] + b',"choices":['
         self._prefixes: dict[ChoiceText, bytes] = {}
         self._end = b'],"usage":null}\n\n' if self._includes_usage else b"]}\n\n"
         self._plain_end = b',"logprobs":null,"finish_reason":null}' + self._end
@@ -98,10 +109,10 @@ class Frames:
         for choice in choices:
             text = choice.take_text()
             if text:
-                frames += [self._prefix_of(choice), encode(text), self._plain_end]
+                frames += [self._prefix_of(choice), _in_one_line(encode(text)), self._plain_end]
             elif text is None and (delta := choice.take_delta()) is not None:
                 reply = choice_reply(self._index(choice), choice.run, delta)
-                frames += [self._prefix, encode(reply), self._end]
+                frames += [self._prefix, _in_one_line(encode(reply)), self._end]
         if frames and self._generation.is_finished and not self._includes_usage:
             frames[-1] = b'],"timings":' + encode(self._generation.timings()) + b"}\n\n"
         return b"".join(frames)

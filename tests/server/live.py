@@ -147,7 +147,7 @@ class Stream:
         self._context = self._client.stream("POST", "/v1/completions", json=body)
         self.reply = self._context.__enter__()
         assert self.reply.status_code == 200, self.reply.read()
-        self._lines = _lines(self.reply)
+        self._lines = self.reply.iter_lines()
         self.comments = 0
         self.error: dict[str, Any] | None = None
         self.is_done = False
@@ -180,17 +180,6 @@ class Stream:
     def close(self) -> None:
         self._context.__exit__(None, None, None)
         self._client.close()
-
-
-def _lines(reply: httpx2.Response) -> Iterator[str]:
-    """The lines of a stream, which end with a newline alone.
-
-    `iter_lines` also breaks at characters that a text may hold, such as U+0085 and U+2028.
-    """
-    rest = b""
-    for part in reply.iter_bytes():
-        *whole, rest = (rest + part).split(b"\n")
-        yield from (line.decode() for line in whole)
 
 
 def books_are_closed(server: LiveServer) -> bool:

@@ -1,15 +1,18 @@
 """A streamed reply on its own, with a connection that a test plays."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from server.protocol.requests import CompletionRequest
 from server.routes import start_completion
 from server.served_model import ServedModel
 from server.service import Service
 from server.streaming import EventStream
-from tests.server.conftest import make_service
+from tests.server.conftest import make_client, make_service
 
 
 class Connection:
@@ -108,3 +111,19 @@ def test_a_mistake_while_sending_ends_the_stream_with_an_error_and_closes_the_bo
     assert body.startswith(b'data: {"error":')
     assert has_ended
     assert num_in_flight == 0
+
+
+@pytest.mark.parametrize("besides", [{}, {"logprobs": 1}])
+def test_an_event_is_one_line_to_whoever_cuts_text_by_any_ends_of_lines(
+    served: ServedModel, besides: dict[str, Any]
+) -> None:
+    text = "1\x0b2\x0c3\r4\x1c5\x1d6\x1e7\x858\u20289\u2029é\u2027"
+    body = {"prompt": text, "echo": True, "max_tokens": 1, "stream": True, **besides}
+
+    with make_client(served) as (client, _):
+        reply = client.post("/v1/completions", json={"model": "tiny", **body})
+
+    lines = [line for line in reply.text.splitlines() if line]
+    assert lines[-1] == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks).startswith(text)
