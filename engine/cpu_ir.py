@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 from numba.np import numpy_support
+
+from engine.cpu_features import processor
 
 LANES = 16
 LINE = 64  # bytes that a processor fetches together
-ARM = ("aarch64", "arm64")  # as Linux and macOS say
 
 SIZE = ir.IntType(64)
 BYTE = ir.IntType(8)
@@ -30,12 +30,6 @@ ZEROS = ir.Constant(FLOATS, None)
 _AS_WRITTEN = ("nsz",)
 
 WHOLE = 1.5 * 2**23  # added to a float32, it rounds to whole numbers, in the lowest bits
-
-
-def processor() -> tuple[str, frozenset[str]]:
-    """The architecture that numba compiles for, and what it has, by LLVM's names."""
-    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return triple.split("-")[0], frozenset(f[1:] for f in features.split(",") if f[:1] == "+")
 
 
 def budget() -> int:

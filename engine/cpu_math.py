@@ -13,15 +13,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import llvmlite
 import numba
 import numpy as np
 import torch
 from numba.core import event
-from numba.core.registry import cpu_target
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.cpu_features import compiled_for
 from engine.kernel_folder import BESIDE_THE_CODE, first_writable
 
 logger = logging.getLogger(__name__)
@@ -74,12 +73,6 @@ def _keep_kernels_by_source() -> "tempfile.TemporaryDirectory[str] | None":
         )
     numba.config.CACHE_DIR = str(base / f"kernels-{digest.hexdigest()[:16]}")
     return passing
-
-
-def compiled_for() -> str:
-    """The processor that kernels are compiled for, and by what: their last bits depend on both."""
-    magic = cpu_target.target_context.codegen().magic_tuple()
-    return f"{' '.join(magic)} llvmlite {llvmlite.__version__}"
 
 
 def kept_mark(*what: str) -> Path:

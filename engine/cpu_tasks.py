@@ -22,7 +22,8 @@ import numpy as np
 from llvmlite import binding, ir
 from numba.core import cgutils, types
 
-from engine.cpu_ir import ARM, call, processor
+from engine.cpu_features import ARM, processor
+from engine.cpu_ir import call
 from engine.cpu_math import Array
 
 logger = logging.getLogger(__name__)

@@ -54,6 +54,8 @@ def bring(context: Any, kind: Any, row: Any, size: Any, inputs: Any, scale: Any,
 
     8 bits are by the row's own range, value = scale * (code - zero), and rounded to nearest; scale
     (float32) and zero (int32) are written for them alone. What is not finite makes the scale NaN.
+    Codes are 0 to 255, or 128 less where the processor multiplies signed bytes: the sums that
+    `deliver` makes of them are the same.
     """
     which = kind.literal_value
     input_type = np.dtype(arithmetic(which).input_type)
@@ -98,7 +100,9 @@ def bring(context: Any, kind: Any, row: Any, size: Any, inputs: Any, scale: Any,
         offset = multiply_add(builder, splat(builder, below), splat(builder, factor), whole)
         offsets = builder.sub(builder.bitcast(offset, WORDS), builder.bitcast(whole, WORDS))
         builder.store(step, builder.inttoptr(scale, FLOAT.as_pointer()), align=4)
-        builder.store(first(builder, offsets), builder.inttoptr(zero, WORD.as_pointer()), align=4)
+        least = words_of(-128 if input_type == np.int8 else 0)
+        zeros = builder.add(offsets, least)
+        builder.store(first(builder, zeros), builder.inttoptr(zero, WORD.as_pointer()), align=4)
         factors = splat(builder, factor)
         codes_at = builder.sub(offsets, builder.bitcast(whole, WORDS))
 
@@ -107,6 +111,7 @@ def bring(context: Any, kind: Any, row: Any, size: Any, inputs: Any, scale: Any,
             codes = builder.add(builder.bitcast(rounded, WORDS), codes_at)
             codes = call(builder, "llvm.smax.v16i32", WORDS, codes, ir.Constant(WORDS, None))
             codes = call(builder, "llvm.smin.v16i32", WORDS, codes, words_of(255))
+            codes = builder.add(codes, least)
             bits = ir.IntType(8 * input_type.itemsize)
             write(d, builder.trunc(codes, ir.VectorType(bits, LANES)), mask)
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from engine.config import EngineConfig, LaunchConfig
-from engine.cpu_math import announce_compiling, compiled_for, kept_mark
+from engine.cpu_features import compiled_for
+from engine.cpu_math import announce_compiling, kept_mark
 from engine.cpu_threads import choose_threads
 from engine.engine import Engine
 from engine.errors import DoesNotFit, StartRefused

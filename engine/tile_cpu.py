@@ -15,8 +15,8 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
+from engine.cpu_features import ARM, processor
 from engine.cpu_ir import (
-    ARM,
     FLOATS,
     LANES,
     WORD,
@@ -26,7 +26,6 @@ from engine.cpu_ir import (
     load,
     number,
     plus,
-    processor,
     splat,
     store,
     times,
@@ -70,6 +69,10 @@ def arithmetic(kind: int) -> Arithmetic:
         return Arithmetic("AVX-512 VNNI", np.uint8, 1, False, _whole, _add_byte_fours(512))
     if {"avx2", "avxvnni"} <= features:
         return Arithmetic("AVX-VNNI", np.uint8, 1, False, _whole, _add_byte_fours(256))
+    if architecture in ARM:
+        if "dotprod" in features:
+            return Arithmetic("NEON dot products", np.int8, 1, False, _whole, _add_signed_fours)
+        return Arithmetic("NEON in pairs", np.int8, 1, False, _whole, _add_signed_pairs)
     # AVX2's own product of bytes gives sums of 16 bits, which would not hold them.
     return Arithmetic(f"{name} in 16 bits", np.int16, 2, True, _byte_pair, _add_short_pairs)
 
@@ -129,6 +132,34 @@ def _add_byte_fours(bits: int) -> Callable[[Any, Any, Any, Any], Any]:
         return _by_parts(builder, bits, lambda *v: call(builder, name, v[0].type, *v), vectors)
 
     return add
+
+
+def _add_signed_fours(builder: Any, *vectors: Any) -> Any:
+    bytes_16 = ir.VectorType(ir.IntType(8), 16)
+
+    def add(totals: Any, inputs: Any, weights: Any) -> Any:
+        a, b = (builder.bitcast(x, bytes_16) for x in (inputs, weights))
+        return call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", totals.type, totals, a, b)
+
+    return _by_parts(builder, 128, add, vectors)
+
+
+def _add_signed_pairs(builder: Any, *vectors: Any) -> Any:
+    """Two products of bytes beside each other fit into 16 bits, as no code of a weight is -128."""
+    shorts = ir.VectorType(ir.IntType(16), 8)
+
+    def add(totals: Any, inputs: Any, weights: Any) -> Any:
+        a, b = (builder.bitcast(x, ir.VectorType(ir.IntType(8), 16)) for x in (inputs, weights))
+        halves = []
+        for start in (0, 8):
+            lanes = ir.Constant(ir.VectorType(WORD, 8), list(range(start, start + 8)))
+            x, y = (builder.shuffle_vector(z, z, lanes) for z in (a, b))
+            halves.append(call(builder, "llvm.aarch64.neon.smull.v8i16", shorts, x, y))
+        pairs = call(builder, "llvm.aarch64.neon.addp.v8i16", shorts, *halves)
+        fours = call(builder, "llvm.aarch64.neon.saddlp.v4i32.v8i16", totals.type, pairs)
+        return builder.add(totals, fours)
+
+    return _by_parts(builder, 128, add, vectors)
 
 
 def _add_short_pairs(builder: Any, totals: Any, inputs: Any, weights: Any) -> Any:

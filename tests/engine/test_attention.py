@@ -15,7 +15,7 @@ from engine.attention import PagedAttention
 from engine.attention_cpu import CPUPagedAttention
 from engine.batch import ModelInput
 from engine.config import EngineConfig
-from engine.cpu_ir import processor
+from engine.cpu_features import processor
 from engine.kv_cache import KVCache
 from model.attention import CausalAttention
 from model.config import GPTConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.cpu_ir import processor
+from engine.cpu_features import processor
 
 ROOT = Path(__file__).parents[2]
 _AVX2 = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt"
@@ -25,6 +25,10 @@ PROCESSORS = {
     "AVX2": ("x86-64-v3", _AVX2, ("AVX2", "AVX2 in float32", "AVX2 in 16 bits")),
     "AVX": ("sandybridge", "+avx,+popcnt", ("AVX", "AVX in float32", "AVX in 16 bits")),
     "SSE2": ("x86-64", "+sse2", ("SSE2", "SSE2 in float32", "SSE2 in 16 bits")),
+    "ARM": ("generic", "+fp-armv8,+neon", ("NEON", "NEON in float32", "NEON in pairs")),
+    "ARM's dot products": (
+        "generic", "+fp-armv8,+neon,+dotprod", ("NEON", "NEON in float32", "NEON dot products"),
+    ),
 }  # fmt: skip
 WHAT_DIFFERS = (
     "test_fused_product_equals_its_parts",
@@ -82,6 +86,6 @@ def test_products_and_networks_are_right_on_each(name: str, tmp_path: Path) -> N
     run_on(name, tmp_path, "-m", "pytest", "-q", *(f"{tests}::{one}" for one in WHAT_DIFFERS))
 
 
-@pytest.mark.parametrize("name", ["AVX2", "SSE2"])
+@pytest.mark.parametrize("name", ["AVX2", "SSE2", "ARM"])
 def test_each_tells_the_same_story(name: str, story: str, tmp_path: Path) -> None:
     assert run_on(name, tmp_path, *TELL[1:]) == story
