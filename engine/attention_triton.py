@@ -19,7 +19,8 @@ from model.config import GPTConfig
 
 PART_TOKENS = 128  # keys of a sequence that decoding takes at once, whatever the batch
 # From so many pairs of row and head on, each has one program, which takes its parts in turn; fewer
-# would leave multiprocessors idle, so there every part has its own. The bits are the same.
+# would leave multiprocessors idle, so there every part has its own. The bits are the same. Beside a
+# prompt, which keeps them busy, one program serves however few.
 _MANY_PAIRS = 512
 # Positions of one sequence, and keys, in a tile of prefill. Without tensor cores, which have no
 # float32, large ones do not fit into the registers.
@@ -75,8 +76,8 @@ class TritonPagedAttention:
             num_rows = len(rows)
         self._num_decode_rows = num_rows
         length = batch.block_tables.shape[1] * cache.block_size
-        is_many = num_rows * config.n_head >= _MANY_PAIRS
-        self._num_programs = 1 if is_many else -(-length // PART_TOKENS)  # of a pair
+        in_turn = not self._is_decode or num_rows * config.n_head >= _MANY_PAIRS
+        self._num_programs = 1 if in_turn else -(-length // PART_TOKENS)  # of a pair
         # Scratch of the decode rows: sums, maxima and mixtures of the parts.
         parts = (num_rows, config.n_head, self._num_programs)
         self._padded_size = max(16, triton.next_power_of_2(config.head_size))

@@ -163,13 +163,12 @@ def main() -> None:
     compile_kernel(_finish_kernel, "fp32", {**finish, "drawn": None}, num_warps=1)
     one_part = {**finish, "PADDED_PARTS": 1, "num_parts": 1}  # of a vocabulary of characters
     compile_kernel(_finish_kernel, "fp32", one_part, num_warps=1)
-    for all_rows in (True, False):
-        for in_turn in (True, False):
-            decode = {**_HEADS, "PART": PART_TOKENS, "ALL_ROWS": all_rows, "IN_TURN": in_turn}
-            for cache in ("bf16", "fp8e4nv"):
-                compile_kernel(
-                    _decode_kernel, "bf16", decode, cache=cache, num_warps=4, enable_fp_fusion=False
-                )
+    for all_rows, in_turn in ((True, True), (True, False), (False, True)):
+        decode = {**_HEADS, "PART": PART_TOKENS, "ALL_ROWS": all_rows, "IN_TURN": in_turn}
+        for cache in ("bf16", "fp8e4nv"):
+            compile_kernel(
+                _decode_kernel, "bf16", decode, cache=cache, num_warps=4, enable_fp_fusion=False
+            )
     tile = {"QUERIES": 64, "KEYS": 64, "OPERAND": tl.bfloat16}
     for cache in ("bf16", "fp8e4nv"):
         compile_kernel(

@@ -297,12 +297,13 @@ def test_a_prompt_row_has_the_same_bytes_however_the_prompt_is_cut(dtype: torch.
         assert torch.equal(y, whole[rows])
 
 
-def test_a_completion_computed_again_has_the_bytes_it_was_decoded_with() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_completion_computed_again_has_the_bytes_it_was_decoded_with(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     config = make_config(n_head=1)
-    cache = make_cache(config, dtype=torch.bfloat16)
+    cache = make_cache(config, dtype=dtype)
     batch = make_input(cache, [(0, 30, 20)], n_ctx=config.n_ctx)
-    q, k, v = qkv(config, 30, torch.bfloat16)
+    q, k, v = qkv(config, 30, dtype)
     again = TritonPagedAttention(config, copy_of(cache, config), batch)(0, q, k, v)
     prompt = rows_of(batch, slice(20), (Span(batch.spans[0].table_row, 0, 20, 20),))
     TritonPagedAttention(config, cache, prompt)(0, q[:20], k[:20], v[:20])

@@ -72,7 +72,7 @@ def test_no_kernel_spills_its_registers(kernels: list[dict[str, Any]]) -> None:
 
 
 def test_the_variants_of_decoding_add_up_in_the_same_order(kernels: list[dict[str, Any]]) -> None:
-    """Alone or beside prompts, part by part or in turn: a row must come out in the same bytes."""
+    """Part by part or in turn, or beside prompts: a row must come out in the same bytes."""
     for cache in ("bf16", "fp8e4nv"):
         variants = [
             kernel
@@ -80,6 +80,6 @@ def test_the_variants_of_decoding_add_up_in_the_same_order(kernels: list[dict[st
             if kernel["kernel"] == "_decode_kernel" and kernel["values_in_cache"] == cache
         ]
 
-        assert len(variants) == 4
+        assert len(variants) == 3
         assert all(kernel["reductions"] == variants[0]["reductions"] for kernel in variants)
         assert not any(kernel["fuses"] for kernel in variants)
