@@ -17,6 +17,16 @@ from tests.tiny_models import tiny_gpt
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=64, vocab_size=97)
 DTYPES = [torch.float32, torch.bfloat16]
+# What `make_engine` takes for each: how weights are held and computed with, and what the cache has.
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "int8": {"dtype": torch.bfloat16, "quantizes": True},
+    "bfloat16, cache int8": {"dtype": torch.bfloat16, "kv_cache_dtype": torch.int8},
+    "int8, cache int8": {
+        "dtype": torch.bfloat16, "quantizes": True, "kv_cache_dtype": torch.int8,
+    },
+}  # fmt: skip
 
 
 def make_engine(
@@ -29,6 +39,7 @@ def make_engine(
     attention: Any = None,
     use_triton: bool | None = None,
     decode_step: Any = None,
+    quantizes: bool = False,
     kv_cache_dtype: torch.dtype | None = None,
     **config: Any,
 ) -> Engine:
@@ -49,6 +60,7 @@ def make_engine(
         attention=attention,
         use_triton=use_triton,
         decode_step=decode_step,
+        quantizes=quantizes,
         kv_cache_dtype=kv_cache_dtype,
     )
 

@@ -1,11 +1,13 @@
 """A request's tokens and logprobs are the same bits, whatever else the engine does."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from engine.sampling_params import SamplingParams
 from tests.engine.engines import (
-    DTYPES,
+    PRECISIONS,
     Request,
     Result,
     make_engine,
@@ -16,42 +18,47 @@ from tests.engine.engines import (
 )
 from tests.tiny_models import tiny_config, tiny_gpt
 
+Precision = dict[str, Any]  # for `make_engine`
+in_every_precision = pytest.mark.parametrize(
+    "precision", list(PRECISIONS.values()), ids=list(PRECISIONS)
+)
 
-def alone(requests: list[Request], *, dtype: torch.dtype) -> list[Result]:
+
+def alone(requests: list[Request], precision: Precision) -> list[Result]:
     """Each request by itself in an engine of its own, the prompt in one piece."""
     engine_of_its_own = [
-        run(make_engine(dtype=dtype, enable_prefix_cache=False), [request]) for request in requests
+        run(make_engine(**precision, enable_prefix_cache=False), [request]) for request in requests
     ]
     return [results[0][0] for results in engine_of_its_own]
 
 
-@pytest.fixture(scope="module", params=DTYPES, ids=["float32", "bfloat16"])
-def undisturbed(request: pytest.FixtureRequest) -> tuple[torch.dtype, list[Result]]:
-    return request.param, alone(workload(), dtype=request.param)
+@pytest.fixture(scope="module", params=list(PRECISIONS.values()), ids=list(PRECISIONS))
+def undisturbed(request: pytest.FixtureRequest) -> tuple[Precision, list[Result]]:
+    return request.param, alone(workload(), request.param)
 
 
-def test_batched_equals_alone(undisturbed: tuple[torch.dtype, list[Result]]) -> None:
-    dtype, expected = undisturbed
+def test_batched_equals_alone(undisturbed: tuple[Precision, list[Result]]) -> None:
+    precision, expected = undisturbed
 
-    results = run(make_engine(dtype=dtype, enable_prefix_cache=False), workload())
+    results = run(make_engine(**precision, enable_prefix_cache=False), workload())
 
     assert [r[0].drawn for r in results] == [r.drawn for r in expected]
 
 
 @pytest.mark.parametrize("budget", [16, 17, 23, 50, 128])
 def test_any_chunking_equals_one_piece(
-    undisturbed: tuple[torch.dtype, list[Result]], budget: int
+    undisturbed: tuple[Precision, list[Result]], budget: int
 ) -> None:
-    dtype, expected = undisturbed
+    precision, expected = undisturbed
 
-    results = run(make_engine(dtype=dtype, max_num_scheduled_tokens=budget), workload())
+    results = run(make_engine(**precision, max_num_scheduled_tokens=budget), workload())
 
     assert [r[0].drawn for r in results] == [r.drawn for r in expected]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@in_every_precision
 def test_prompts_of_all_sorts_of_lengths_end_as_the_longest_says(
-    dtype: torch.dtype,
+    precision: Precision,
 ) -> None:
     """Layers of the storyteller's width: the last row needs all K and V of the second.
 
@@ -60,7 +67,7 @@ def test_prompts_of_all_sorts_of_lengths_end_as_the_longest_says(
     config = tiny_config(n_layer=2, n_head=4, n_embd=256, n_ctx=512, vocab_size=300)
     engine = make_engine(
         tiny_gpt(config),
-        dtype=dtype,
+        **precision,
         vocab_size=300,
         block_size=16,
         max_num_scheduled_tokens=512,
@@ -83,35 +90,35 @@ def test_prompts_of_all_sorts_of_lengths_end_as_the_longest_says(
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 64])
 def test_any_block_size_gives_the_same(
-    undisturbed: tuple[torch.dtype, list[Result]], block_size: int
+    undisturbed: tuple[Precision, list[Result]], block_size: int
 ) -> None:
-    dtype, expected = undisturbed
+    precision, expected = undisturbed
 
-    results = run(make_engine(dtype=dtype, block_size=block_size, num_blocks=900), workload())
+    results = run(make_engine(**precision, block_size=block_size, num_blocks=900), workload())
 
     assert [r[0].drawn for r in results] == [r.drawn for r in expected]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_order_of_arrival_gives_the_same(
-    undisturbed: tuple[torch.dtype, list[Result]], seed: int
+    undisturbed: tuple[Precision, list[Result]], seed: int
 ) -> None:
-    dtype, expected = undisturbed
+    precision, expected = undisturbed
     arrivals = torch.randint(30, (12,), generator=torch.Generator().manual_seed(seed)).tolist()
     requests = [
         Request(request.prompt_ids, request.params, arrives=arrives)
         for request, arrives in zip(workload(), arrivals, strict=True)
     ]
 
-    results = run(make_engine(dtype=dtype), requests)
+    results = run(make_engine(**precision), requests)
 
     assert [r[0].drawn for r in results] == [r.drawn for r in expected]
 
 
-def test_preempted_equals_undisturbed(undisturbed: tuple[torch.dtype, list[Result]]) -> None:
-    dtype, expected = undisturbed
+def test_preempted_equals_undisturbed(undisturbed: tuple[Precision, list[Result]]) -> None:
+    precision, expected = undisturbed
 
-    results = run(make_engine(dtype=dtype, num_blocks=26), workload())
+    results = run(make_engine(**precision, num_blocks=26), workload())
 
     assert sum(r[0].num_preemptions for r in results) > 0
     assert [r[0].drawn for r in results] == [r.drawn for r in expected]
@@ -132,9 +139,9 @@ def test_memory_got_while_idle_disturbs_nothing_that_is_kept() -> None:
     assert second.drawn == first.drawn
 
 
-def test_a_prefix_hit_equals_undisturbed(undisturbed: tuple[torch.dtype, list[Result]]) -> None:
-    dtype, expected = undisturbed
-    engine = make_engine(dtype=dtype)
+def test_a_prefix_hit_equals_undisturbed(undisturbed: tuple[Precision, list[Result]]) -> None:
+    precision, expected = undisturbed
+    engine = make_engine(**precision)
 
     run(engine, workload())
     results = run(engine, workload())
@@ -145,15 +152,15 @@ def test_a_prefix_hit_equals_undisturbed(undisturbed: tuple[torch.dtype, list[Re
 
 @pytest.mark.parametrize("num_delivered", [1, 4, 9])
 def test_a_resubmitted_request_continues_as_it_would_have(
-    undisturbed: tuple[torch.dtype, list[Result]], num_delivered: int
+    undisturbed: tuple[Precision, list[Result]], num_delivered: int
 ) -> None:
-    dtype, expected = undisturbed
+    precision, expected = undisturbed
     requests = [
         Request(request.prompt_ids, request.params, completion_ids=result.token_ids[:num_delivered])
         for request, result in zip(workload(), expected, strict=True)
     ]
 
-    results = run(make_engine(dtype=dtype), requests)
+    results = run(make_engine(**precision), requests)
 
     for (result,), whole in zip(results, expected, strict=True):
         assert result.token_ids == whole.token_ids[num_delivered:]
@@ -161,14 +168,14 @@ def test_a_resubmitted_request_continues_as_it_would_have(
         assert result.finish_reason == whole.finish_reason
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_choices_differ_and_each_equals_itself_alone(dtype: torch.dtype) -> None:
+@in_every_precision
+def test_choices_differ_and_each_equals_itself_alone(precision: Precision) -> None:
     prompt = random_prompt(30, seed=8)
 
-    (together,) = run(make_engine(dtype=dtype), [Request(prompt, sampled(12), num_choices=5)])
+    (together,) = run(make_engine(**precision), [Request(prompt, sampled(12), num_choices=5)])
 
     assert len({tuple(result.token_ids) for result in together}) == 5
-    first = run(make_engine(dtype=dtype), [Request(prompt, sampled(12))])
+    first = run(make_engine(**precision), [Request(prompt, sampled(12))])
     assert first[0][0].drawn == together[0].drawn
     assert sum(result.num_cached_tokens for result in together) == 0  # siblings do not count
 
@@ -189,6 +196,6 @@ def test_echoing_a_cached_prompt_scores_it_all_the_same() -> None:
     assert second.prompt_logprobs == chunked.prompt_logprobs == first.prompt_logprobs
 
 
-def test_this_machine_computes_a_row_alike_in_any_batch() -> None:
-    for dtype in DTYPES:
-        assert make_engine(dtype=dtype).is_batch_invariant()
+@in_every_precision
+def test_this_machine_computes_a_row_alike_in_any_batch(precision: Precision) -> None:
+    assert make_engine(**precision).is_batch_invariant()
