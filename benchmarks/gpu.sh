@@ -4,7 +4,10 @@
 # numpy, numba, rich and msgspec. The part over HTTP also wants fastapi, starlette, pydantic,
 # pydantic-core, annotated-types, typing-inspection, uvicorn, uvloop, httptools, prometheus-client,
 # tiktoken, safetensors and typer, and is left out without. What is missing may lie as wheels in
-# ./wheels, a version of each. Under ten minutes: the report gets eight, the tests what is left.
+# ./wheels, a version of each; the server's, for Python 3.12, by
+#   pip download -d wheels --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+#       --platform manylinux2014_x86_64 msgspec fastapi uvicorn httptools
+# Under ten minutes: the report gets eight, the tests what is left.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-gpu-report}}

@@ -352,6 +352,7 @@ def report(
         "num_errors": len(errors),
         "first_error": errors[0] if errors else None,
         "completion_tokens": num_tokens,
+        "events": sum(len(result.arrivals) for result in done),  # with text
         "tokens_per_second": num_tokens / seconds,
         "requests_per_second": len(done) / seconds,
         "goodput_requests_per_second": len(good) / seconds,

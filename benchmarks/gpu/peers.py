@@ -1,19 +1,28 @@
-"""What others make of the same weights, same device: transformers, and a loop without cache."""
+"""What others make of the same sizes, same device: transformers, vLLM, a loop without cache."""
 
 import copy
 import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.serving import save_gpt2
 from benchmarks.gpu.workbench import Workbench
 from model.attention import CausalAttention
 
 
 def time_loop(bench: Workbench, report: Report) -> None:
-    """Time a loop without a cache, as nanoGPT's sample.py has it, for one sequence."""
+    """Time our own model in nanoGPT's manner for one sequence: no cache, the whole text each time.
+
+    It stands in for its sample.py, which is not at hand here.
+    """
     model = copy.deepcopy(bench.model).to(bench.device, torch.bfloat16)
     attend = CausalAttention(bench.config)
     ids = torch.tensor(bench.prompts(1, 64), device=bench.device)
@@ -29,7 +38,7 @@ def time_loop(bench: Workbench, report: Report) -> None:
                 text = torch.cat((text, torch.multinomial(probabilities, 1)), dim=1)
         bench.synchronize()
         times.append(time.perf_counter() - start)
-    _add(report, "a loop without cache", 1, num_tokens / times[-1])
+    _add(report, "a loop without cache, as nanoGPT's sample.py has one", 1, num_tokens / times[-1])
 
 
 def time_static(bench: Workbench, report: Report) -> None:
@@ -86,6 +95,29 @@ def time_continuous(bench: Workbench, report: Report) -> None:
         peer.destroy_cached_continuous_batching_manager()  # made for so many sequences
         made = sum(len(output.generated_tokens) for output in outputs.values())
         _add(report, "transformers, continuous batching", count, made / times[-1])
+
+
+def time_vllm(bench: Workbench, report: Report) -> None:
+    """Time vLLM, greedy and offline, in a process of its own: it takes the memory it finds."""
+    if importlib.util.find_spec("vllm") is None:
+        report.parts.append("Not run: vllm cannot be imported here.")
+        return
+    bench.forget_engines()
+    counts = (1,) if bench.is_smoke else (1, 64, 256)
+    with tempfile.TemporaryDirectory() as folder:
+        save_gpt2(bench, Path(folder) / "model")
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "benchmarks.gpu.vllm_offline", str(Path(folder) / "model")),
+                *("--num-tokens", "4" if bench.is_smoke else "128"),
+                *("--counts", *map(str, counts)),
+            ],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if done.returncode != 0:
+        raise RuntimeError(f"vLLM ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    for count, rate in json.loads(done.stdout.splitlines()[-1]).items():
+        _add(report, "vLLM", int(count), rate)
 
 
 def _peer(bench: Workbench, report: Report) -> Any:

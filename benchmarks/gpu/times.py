@@ -1,5 +1,6 @@
 """How fast the GPU path is, part by part; without a GPU its numbers mean nothing."""
 
+import dataclasses
 import importlib
 import importlib.util
 import platform
@@ -13,15 +14,18 @@ import torch
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.workbench import Workbench, make_batch
 from engine.attention_triton import TritonPagedAttention
+from engine.config import EngineConfig
 from engine.kv_cache import KVCache
 from engine.linear_triton import LibraryLinear, Tile, TritonLinear
+from engine.memory import working_bytes
 from engine.sampling_params import SamplingParams
+from weights.ledger import kv_bytes_per_token
 
 # Packages of the engine, of the checkpoint files, of the server, and of the peers.
 PACKAGES = (
     *("torch", "triton", "numpy", "numba", "msgspec", "rich", "safetensors", "tiktoken"),
     *("pytest", "hypothesis", "typer", "fastapi", "starlette", "pydantic", "uvicorn", "uvloop"),
-    *("httptools", "prometheus_client", "transformers"),
+    *("httptools", "prometheus_client", "transformers", "vllm"),
 )
 
 
@@ -64,6 +68,8 @@ def time_decode(bench: Workbench, report: Report) -> None:
             )  # fmt: skip
             if kind == "greedy":
                 report.values[str(count)] = count / step
+                if count == 1:
+                    report.values["stretch"] = count / step
                 if count == 256:
                     report.values["host"] = outside * 1e3
     headings = ("sequences", "draw", "tokens/s", "a step", "of it, the host not waiting")
@@ -102,6 +108,80 @@ def time_first_token(bench: Workbench, report: Report) -> None:
     milliseconds = statistics.median(times[1:]) * 1e3
     report.parts.append(f"{length} tokens: {milliseconds:.2f} ms to the first token.")
     report.values["ttft"] = milliseconds
+
+
+def measure_memory(bench: Workbench, report: Report) -> None:
+    """Hold what an engine takes beside weights and cache against what the ledger sets aside."""
+    if bench.device.type != "cuda":
+        report.parts.append("Needs CUDA.")
+        return
+    engine = bench.engine("bfloat16")
+    taken = bench.taken_bytes[engine]
+    config = EngineConfig().for_device("cuda")
+    contexts = config.max_num_sequences * (bench.config.n_ctx // config.block_size)
+    per_block = config.block_size * kv_bytes_per_token(bench.config, "bfloat16")
+    cache = (1 + contexts) * per_block
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    # A step as full as may be, of prompts whose every position is scored.
+    scored = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=5)
+    length = bench.config.n_ctx - 1
+    bench.run(engine, bench.prompts(1 + config.step_tokens // length, length), scored)
+    peak = torch.cuda.max_memory_allocated() - before
+    stays = taken - engine.weights_bytes - cache
+    set_aside = working_bytes(bench.config, config)
+    report.add_table(
+        ("what", "MB"),
+        (
+            (name, f"{value / 1e6:,.0f}")
+            for name, value in (
+                ("weights", engine.weights_bytes), ("KV cache", cache),
+                ("graphs, kernels and whatever else stays", stays),
+                ("a full step of scored prompts, at most", peak),
+                ("the last two together", stays + peak), ("the ledger sets aside", set_aside),
+            )
+        ),
+    )  # fmt: skip
+    report.values["memory"] = (stays + peak) / set_aside
+
+
+def time_disturbances(bench: Workbench, report: Report) -> None:
+    """Time decoding while something else goes on than plain drawing: what do neighbours pay?"""
+    engine = bench.engine("bfloat16")
+    num_tokens = 6 if bench.is_smoke else 160
+    plain = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+    short = SamplingParams(max_tokens=1, temperature=0)
+    rows = []
+    for count in (3,) if bench.is_smoke else (64, 256):
+        prompts = bench.prompts(count, 24)
+        arriving = iter(bench.prompts(num_tokens // 4, 25))
+        found: dict[str, float] = {}
+        for name, last, is_disturbed in (
+            ("all greedy", plain, False),
+            ("one with logprobs", dataclasses.replace(plain, logprobs=1), False),
+            ("a prompt of 25 tokens every 4 steps", plain, True),
+        ):
+            bench.submit(engine, prompts[:-1], plain)
+            bench.submit(engine, prompts[-1:], last, first=count - 1)
+            begun: set[int] = set()
+            step = num_drawn = 0
+            start = 0.0
+            while (output := engine.step()) is not None:
+                step += 1
+                drawn = [token.seq_id for token in output.outputs if token.token_id is not None]
+                if len(begun) < count:
+                    begun.update(drawn)  # the first tokens came, and with them their prompts' cost
+                    start = time.perf_counter()
+                else:
+                    num_drawn += len(drawn)
+                if is_disturbed and step % 4 == 0 and (prompt := next(arriving, None)) is not None:
+                    bench.submit(engine, [prompt], short, first=count + step)
+            found[name] = num_drawn / (time.perf_counter() - start)
+        rows += [
+            (count, name, f"{rate:,.0f}", f"{rate / found['all greedy']:.2f}")
+            for name, rate in found.items()
+        ]
+    report.add_table(("sequences", "of which", "tokens/s", "all greedy = 1"), rows)
 
 
 def profile_step(bench: Workbench, report: Report) -> None:

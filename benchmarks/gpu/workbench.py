@@ -31,10 +31,12 @@ class Workbench:
         torch.manual_seed(0)
         self.model = GPT(self.config).eval()  # float32, on the CPU: the truth
         self._engines: dict[tuple[object, ...], Engine] = {}
+        self.taken_bytes: dict[Engine, int] = {}  # of the device, by an engine and its warming up
 
     def forget_engines(self) -> None:
         """Let go of all engines and their memory."""
         self._engines.clear()
+        self.taken_bytes.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -62,6 +64,7 @@ class Workbench:
             contexts = config.max_num_sequences * (self.config.n_ctx // config.block_size)
             # On a CPU nothing is captured, and plain means without a state on the device.
             plain = PlainStep if self.device.type == "cuda" else None
+            free = self._free_bytes()
             engine = Engine(
                 copy.deepcopy(self.model).to(self.device, getattr(torch, dtype)),
                 config,
@@ -75,7 +78,11 @@ class Workbench:
             )
             engine.warm_up()
             self._engines[kind] = engine
+            self.taken_bytes[engine] = free - self._free_bytes()
         return self._engines[kind]
+
+    def _free_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info()[0]) if self.device.type == "cuda" else 0
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
         """Random prompts, the same for the same numbers."""
@@ -86,10 +93,17 @@ class Workbench:
         ).tolist()
         return ids
 
-    def submit(self, engine: Engine, prompts: list[list[int]], params: SamplingParams) -> None:
-        """Add a request for each prompt."""
+    def submit(
+        self,
+        engine: Engine,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        *,
+        first: int = 0,
+    ) -> None:
+        """Add a request for each prompt, numbered from `first` on."""
         salt = time.monotonic_ns().to_bytes(8, "little")  # nothing is in the prefix cache
-        for index, prompt in enumerate(prompts):
+        for index, prompt in enumerate(prompts, first):
             choice = Choice(seq_id=index, index=0)
             engine.add(
                 Submit(

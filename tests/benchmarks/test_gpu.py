@@ -15,7 +15,7 @@ from benchmarks.gpu.checks import check_kernels, check_rounds
 from benchmarks.gpu.draws import check_draws, time_draws
 from benchmarks.gpu.processes import supervise
 from benchmarks.gpu.report import GOALS, Goal, Report
-from benchmarks.gpu.times import count_kernels
+from benchmarks.gpu.times import count_kernels, time_disturbances
 from benchmarks.gpu.workbench import Workbench
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,6 +100,16 @@ def test_draws_are_timed_beside_their_definition() -> None:
 
     assert report.values["draw"] > 0
     assert len(report.parts) == 4
+
+
+def test_what_neighbours_pay_is_timed() -> None:
+    report = Report(has_times=False)
+
+    time_disturbances(Workbench(device=DEVICE, is_smoke=True), report)
+
+    lines = [line for line in report.parts[0].splitlines() if line.startswith("| 3 |")]
+    assert len(lines) == 3
+    assert all(float(line.split("|")[4]) > 0 for line in lines)
 
 
 def test_several_rounds_are_compared_with_single_ones() -> None:

@@ -343,6 +343,6 @@ def test_a_live_server_is_measured_from_the_command_line(tmp_path: Path) -> None
     assert "report cannot be written: No such file or directory." in unwritten.stderr
     assert set(numbers) == {
         "settings", "loop", "seconds", "num_requests", "num_errors", "first_error",
-        "completion_tokens", "tokens_per_second", "requests_per_second",
+        "completion_tokens", "events", "tokens_per_second", "requests_per_second",
         "goodput_requests_per_second", "ttft_seconds", "itl_seconds", "e2e_seconds",
     }  # fmt: skip
