@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_SECONDS = 0.1
 _GRACE_SECONDS = 2.0  # for a worker that hung up to end by itself
+_SHORTAGE_SECONDS = 1.0  # between attempts to make a process where the system refuses
 
 
 class EngineState(StrEnum):
@@ -169,29 +170,51 @@ class EngineClient:
         """Run one worker after another until told to stop, or until they keep dying."""
         try:
             while self._num_fruitless_restarts <= self._max_fruitless_restarts:
+                worker = await self._make_worker()
                 self._num_fruitless_restarts += 1
-                if not await self._run_worker():
+                if not await self._run_worker(worker):
                     break
                 self.num_restarts += 1
                 delay = 0.1 * 2 ** (self._num_fruitless_restarts - 1)
                 await asyncio.sleep(delay if self._num_fruitless_restarts else 0)
             else:
                 self.reason = f"the engine died {self._num_fruitless_restarts} times in a row"
-            self.state = EngineState.DOWN
-            if self.facts is not None:  # whoever starts it is told by `start`
-                logger.error("engine down reason=%s", self.reason)
-            self._requests.fail_all(lambda: EngineDied(reason=self.reason))
+        except Exception as error:  # a mistake of ours, of which nobody else would hear
+            self.reason = f"nobody looks after the engine any more: {error!r}"
+            logger.exception("supervision failed")
         finally:
+            if self.state != EngineState.STOPPED:
+                self.state = EngineState.DOWN
+                if self.facts is not None:  # whoever starts it is told by `start`
+                    logger.error("engine down reason=%s", self.reason)
+                self._requests.fail_all(lambda: EngineDied(reason=self.reason))
             self._settled.set()
 
-    async def _run_worker(self) -> bool:
-        """Run a worker until it ends. False: it refused to start, and another would as well."""
+    async def _make_worker(self) -> WorkerProcess:
+        """Start a process, as soon as the system lets us.
+
+        It may lack descriptors, processes or memory, as it does of a crowd of clients; that passes,
+        and says nothing about the engine.
+        """
         worker, self._first_worker = self._first_worker, None
-        worker = self._worker = worker or WorkerProcess(
-            self._config.model,
-            max_num_sequences=self._config.engine.max_num_sequences,
-            module=self._worker_module,
-        )
+        while worker is None:
+            try:
+                worker = WorkerProcess(
+                    self._config.model,
+                    max_num_sequences=self._config.engine.max_num_sequences,
+                    module=self._worker_module,
+                )
+            except OSError as error:
+                reason = f"the engine's process cannot be started: {error.strerror}"
+                if reason != self.reason:
+                    self.reason = reason
+                    logger.warning("engine not started reason=%s", reason)
+                await asyncio.sleep(_SHORTAGE_SECONDS)
+        return worker
+
+    async def _run_worker(self, worker: WorkerProcess) -> bool:
+        """Run a worker until it ends. False: it refused to start, and another would as well."""
+        self._worker = worker
         watch: asyncio.Task[None] | None = None
         try:
             reader, self._writer = await asyncio.open_connection(sock=worker.take_connection())

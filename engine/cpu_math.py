@@ -68,7 +68,7 @@ def _keep_kernels_by_source() -> "tempfile.TemporaryDirectory[str] | None":
         base = Path(passing.name)
         logger.warning(
             "compiled kernels cannot be kept, so every start compiles them anew; let "
-            "NUMBA_CACHE_DIR name a folder that can be written folder=%s",
+            "NUMBA_CACHE_DIR name a folder that can be written and has room folder=%s",
             *(asked or [BESIDE_THE_CODE]),
         )
     numba.config.CACHE_DIR = str(base / f"kernels-{digest.hexdigest()[:16]}")

@@ -28,7 +28,12 @@ class FlightRecorder:
         """Make a new record in a file without a name."""
         with tempfile.TemporaryFile() as file:
             file.truncate(_IDS_START + 8 * max_num_sequences)
-            return cls(os.dup(file.fileno()))
+            descriptor = os.dup(file.fileno())
+        try:
+            return cls(descriptor)
+        except OSError:
+            os.close(descriptor)
+            raise
 
     def start_step(self, seq_ids: Sequence[int]) -> None:
         """Note that a step of these sequences begins."""

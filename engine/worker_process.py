@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -30,21 +31,26 @@ class WorkerProcess:
     ) -> None:
         """Start a worker, which hashes the weights in a directory: they must be those it will load.
 
-        It waits for its first frame, and ends when we hang up or end.
+        It waits for its first frame, and ends when we hang up or end. Raises OSError where the
+        system has no room for it, and leaves nothing open.
         """
-        ours, theirs = socket.socketpair()
+        with ExitStack() as opened:
+            ours, theirs = socket.socketpair()
+            opened.callback(ours.close)
+            with theirs:
+                self.recorder = FlightRecorder.create(max_num_sequences=max_num_sequences)
+                opened.callback(self.recorder.close)
+                self._process = subprocess.Popen(
+                    [
+                        sys.executable, "-P", "-m", module, str(theirs.fileno()),
+                        str(self.recorder.descriptor), str(os.getpid()), str(model),
+                    ],
+                    pass_fds=(theirs.fileno(), self.recorder.descriptor), stdin=subprocess.DEVNULL,
+                    env=_environment(),
+                    process_group=0,  # a terminal's Ctrl-C is for us, who then end it
+                )  # fmt: skip
+            opened.pop_all()
         self._connection: socket.socket | None = ours
-        self.recorder = FlightRecorder.create(max_num_sequences=max_num_sequences)
-        with theirs:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable, "-P", "-m", module, str(theirs.fileno()),
-                    str(self.recorder.descriptor), str(os.getpid()), str(model),
-                ],
-                pass_fds=(theirs.fileno(), self.recorder.descriptor), stdin=subprocess.DEVNULL,
-                env=_environment(),
-                process_group=0,  # a terminal's Ctrl-C is for us, who then end it
-            )  # fmt: skip
         self._is_closed = False
 
     def __enter__(self) -> "WorkerProcess":

@@ -259,7 +259,10 @@ def _uvicorn_config(config: ServerConfig, service: Service) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(service),
         http=HttpProtocol.bounded(
-            max_header_bytes=config.max_header_bytes, receive_seconds=config.receive_seconds
+            max_header_bytes=config.max_header_bytes,
+            receive_seconds=config.receive_seconds,
+            stalled_reader_seconds=config.stalled_reader_seconds,
+            count_stalled=service.metrics.stalled_readers.inc,
         ),
         ws="none",
         lifespan="off",

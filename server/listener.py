@@ -1,8 +1,10 @@
 """HTTP on a socket, as uvicorn does it, with bounds on a request's head and our shape of errors."""
 
 import asyncio
+import logging
 import re
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import (
@@ -20,20 +22,42 @@ from server.errors import ApiError, HeadersTooLarge, InvalidRequest, TooSlow
 _UPGRADE = re.compile(rb"(?<=\r\n)upgrade(?=[ \t]*:)", re.IGNORECASE)
 _PASSED_OVER = b"Ignored"  # as long
 
+_LOOKS = 4  # at what a client has not taken, in the time that it may take nothing
+
+logger = logging.getLogger(__name__)
+
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection. Heads that are too large, too slow or no HTTP are answered here."""
+    """One connection. Heads that are too large, too slow or no HTTP are answered here.
+
+    A client that takes nothing of what is written to it is hung up on, whatever that is: uvicorn
+    would wait for it for ever, also to close.
+    """
 
     max_header_bytes = 16 * 2**10
     receive_seconds = 30.0
+    stalled_reader_seconds = 30.0
+    count_stalled: Callable[[], None] = staticmethod(lambda: None)
 
     @classmethod
-    def bounded(cls, *, max_header_bytes: int, receive_seconds: float) -> "type[HttpProtocol]":
+    def bounded(
+        cls,
+        *,
+        max_header_bytes: int = max_header_bytes,
+        receive_seconds: float = receive_seconds,
+        stalled_reader_seconds: float = stalled_reader_seconds,
+        count_stalled: Callable[[], None] = count_stalled,
+    ) -> "type[HttpProtocol]":
         """This protocol with other bounds: uvicorn makes the instances, and takes no arguments."""
         return type(
             "BoundedHttpProtocol",
             (cls,),
-            {"max_header_bytes": max_header_bytes, "receive_seconds": receive_seconds},
+            {
+                "max_header_bytes": max_header_bytes,
+                "receive_seconds": receive_seconds,
+                "stalled_reader_seconds": stalled_reader_seconds,
+                "count_stalled": staticmethod(count_stalled),
+            },
         )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -44,21 +68,33 @@ class HttpProtocol(HttpToolsProtocol):
         self._is_refused = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._cycles: deque[RequestResponseCycle] = deque()  # from the first without its answer on
+        self._num_unread_bytes = 0  # that were not taken when we last looked
+        self._has_moved = False  # since then: some of it was taken, or more came to it
+        self._num_idle_looks = 0  # in a row at which nothing had been taken
+        self._look_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See Protocol."""
         super().connection_made(transport)
         self._start_head()
+        self._look_later()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See Protocol."""
         self._stop_head_timer()
+        if self._look_timer is not None:
+            self._look_timer.cancel()
         super().connection_lost(exc)
         # uvicorn tells it to the last request that arrived, and another may run before that.
         for cycle in self._cycles:
             if not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
+
+    def resume_writing(self) -> None:
+        """See Protocol."""
+        self._has_moved = True
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """See Protocol."""
@@ -86,9 +122,7 @@ class HttpProtocol(HttpToolsProtocol):
         if not self._is_in_head:  # not the connection's first
             self._start_head()
         # ASGI's place for what servers offer beyond it.
-        self.scope["extensions"] = {
-            "kvik.connection": {"write": self._write_chunk, "abort": self.transport.abort}
-        }
+        self.scope["extensions"] = {"kvik.connection": {"write": self._write_chunk}}
 
     def on_headers_complete(self) -> None:
         """See HttpToolsProtocol."""
@@ -133,7 +167,26 @@ class HttpProtocol(HttpToolsProtocol):
         if self.flow.write_paused:
             return False
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self._has_moved = True
         return True
+
+    def _look_later(self) -> None:
+        self._look_timer = self.loop.call_later(
+            self.stalled_reader_seconds / _LOOKS, self._look_for_a_reader
+        )
+
+    def _look_for_a_reader(self) -> None:
+        """Hang up if for some looks in a row nothing was taken of what waits for the client."""
+        num_bytes = self.transport.get_write_buffer_size()
+        is_idle = num_bytes >= self._num_unread_bytes > 0 and not self._has_moved
+        self._num_idle_looks = self._num_idle_looks + 1 if is_idle else 0
+        self._num_unread_bytes, self._has_moved = num_bytes, False
+        if self._num_idle_looks < _LOOKS:
+            self._look_later()
+        else:
+            self.count_stalled()
+            logger.info("reader dropped client=%s unread_bytes=%d", self.client, num_bytes)
+            self.transport.abort()
 
     def _start_head(self) -> None:
         self._is_in_head = True

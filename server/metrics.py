@@ -278,9 +278,9 @@ class Metrics:
         )
         for bound in ("requests", "prompt_tokens"):
             self.admission_rejections.labels(bound)
-        self.dropped_readers = Counter(
+        self.stalled_readers = Counter(
             "kvik_stalled_readers",
-            "Streams ended because their client took nothing for too long.",
+            "Connections ended because their client took nothing for too long.",
             registry=registry,
         )
         self.info = Gauge(

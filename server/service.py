@@ -92,7 +92,12 @@ class Account:
         self._service = service
         self.arrived_at = time.monotonic()
         self.permit: Permit | None = None
-        self.timeline = Timeline(request_id=request_id, owner=salt, received_at=time.time())
+        self.timeline = Timeline(
+            request_id=request_id,
+            owner=salt,
+            received_at=time.time(),
+            arrived_at=self.arrived_at,
+        )
         self._is_open = True
         service.metrics.received.inc()
         service.metrics.in_flight.inc()
@@ -295,23 +300,12 @@ class Service:
             account.finish(generation, failure)
 
     async def watch_streams(self) -> None:
-        """Keep silent streams alive and drop readers that stall, until cancelled."""
+        """Keep silent streams alive, until cancelled."""
         while True:
-            await asyncio.sleep(
-                min(
-                    _TICK_SECONDS,
-                    self.config.keepalive_seconds / 2,
-                    self.config.stalled_reader_seconds / 2,
-                )
-            )
+            await asyncio.sleep(min(_TICK_SECONDS, self.config.keepalive_seconds / 2))
             now = time.monotonic()
             for stream in list(self.streams):
-                if stream.sending_since:
-                    if now - stream.sending_since > self.config.stalled_reader_seconds:
-                        self.metrics.dropped_readers.inc()
-                        logger.info("reader dropped id=%s", stream.generation.id)
-                        stream.drop()
-                elif now - stream.last_sent_at > self.config.keepalive_seconds:
+                if now - stream.last_sent_at > self.config.keepalive_seconds:
                     task = asyncio.create_task(stream.ping())
                     self._pings.add(task)
                     task.add_done_callback(self._pings.discard)

@@ -171,8 +171,7 @@ class EventStream(Response):
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # What our own connections offer, see `server.listener`; others do without.
         self._write: Callable[[bytes], bool] = lambda data: False
-        self._abort_connection: Callable[[], None] = lambda: None
-        self.sending_since = 0.0  # 0: nothing is on its way
+        self._is_sending = False  # or waiting until the client takes more
         self.last_sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -180,7 +179,6 @@ class EventStream(Response):
         self._send = send
         connection = scope.get("extensions", {}).get("kvik.connection", {})
         self._write = connection.get("write", self._write)
-        self._abort_connection = connection.get("abort", self._abort_connection)
         last = b""
         self._streams.add(self)
         try:
@@ -222,7 +220,7 @@ class EventStream(Response):
     def _go_on(self) -> None:
         """Send what came, and notice the end."""
         try:
-            while not (self.sending_since or self._ended.done()):
+            while not (self._is_sending or self._ended.done()):
                 choices = self.generation.take()
                 if choices is None:
                     self._ended.set_result(None)
@@ -245,7 +243,7 @@ class EventStream(Response):
         if self._write(data):
             self.last_sent_at = time.monotonic()
         else:
-            self.sending_since = time.monotonic()
+            self._is_sending = True
             self._sending = asyncio.create_task(self._send_and_go_on(data))
 
     async def _send_and_go_on(self, data: bytes) -> None:
@@ -259,17 +257,12 @@ class EventStream(Response):
 
     async def _send_body(self, data: bytes, *, more_body: bool = True) -> None:
         assert self._send is not None
-        self.sending_since = time.monotonic()
+        self._is_sending = True
         await self._send({"type": "http.response.body", "body": data, "more_body": more_body})
-        self.sending_since = 0.0
+        self._is_sending = False
         self.last_sent_at = time.monotonic()
 
     async def ping(self) -> None:
         """Show a client, and the proxies on the way, that a silent stream lives."""
-        if self.last_sent_at and not (self.sending_since or self._ended.done()):
+        if self.last_sent_at and not (self._is_sending or self._ended.done()):
             await self._send_and_go_on(_PING)
-
-    def drop(self) -> None:
-        """Give up a client that takes nothing, and its connection with it."""
-        self.generation.give_up("abort")
-        self._abort_connection()

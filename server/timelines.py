@@ -12,6 +12,7 @@ class Timeline:
     request_id: str
     owner: bytes  # the salt of the key that sent it: nobody else may look
     received_at: float  # unix time
+    arrived_at: float  # the same by a clock that nobody sets
     stream: bool = False
     num_prompts: int = 0
     n: int = 0
@@ -28,7 +29,7 @@ class Timeline:
     def to_reply(self) -> dict[str, Any]:
         """What its owner may see."""
         reply = asdict(self)
-        del reply["owner"]
+        del reply["owner"], reply["arrived_at"]
         reply["events"] = {name: round(seconds, 6) for name, seconds in self.events.items()}
         return reply
 
@@ -44,7 +45,7 @@ class Timelines:
         """Remember a request from now on, and forget the oldest."""
         key = (timeline.owner, timeline.request_id)
         known = self._timelines.pop(key, None)
-        if known is not None and known.received_at > timeline.received_at:
+        if known is not None and known.arrived_at > timeline.arrived_at:
             timeline = known  # an older one that ends later
         self._timelines[key] = timeline
         if len(self._timelines) > self._max_num:

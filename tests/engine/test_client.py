@@ -3,12 +3,13 @@
 import asyncio
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,45 @@ async def test_tokens_cross_the_door_unchanged(launch: LaunchConfig) -> None:
         assert client.num_live_requests == 0
         assert client.stats is not None
         assert client.stats.num_used_blocks == 0
+
+
+@contextmanager
+def no_descriptors_left() -> Iterator[None]:
+    """A process that has every descriptor it may have."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = len(os.listdir("/proc/self/fd"))
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    fillers = [os.open(os.devnull, os.O_RDONLY) for _ in range(highest + 1 - num_open)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for filler in fillers:
+            os.close(filler)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@in_time
+async def test_a_shortage_of_the_system_delays_the_next_engine_and_no_more(
+    launch: LaunchConfig,
+) -> None:
+    (wanted,) = requests(1)
+    async with started(launch, max_fruitless_restarts=1) as client:
+        (task,) = submit_all(client, [wanted])
+        while client.stats is None:
+            await asyncio.sleep(0.01)
+        with no_descriptors_left():
+            kill_worker(client)
+            while "cannot be started: Too many open files" not in client.reason:
+                await asyncio.sleep(0.05)
+            num_open = len(os.listdir("/proc/self/fd"))
+            await asyncio.sleep(2.5)  # a few attempts
+
+            assert client.state == EngineState.RESTARTING
+            assert len(os.listdir("/proc/self/fd")) == num_open  # which leave nothing open
+
+        assert await task == expected_tokens([wanted])[0]
 
 
 def test_the_directory_one_stands_in_does_not_get_in_the_way(

@@ -4,7 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from engine.kernel_folder import first_writable
 
@@ -74,6 +77,30 @@ def test_the_first_that_can_be_written_is_taken(tmp_path: Path) -> None:
     assert first_writable(folders) == tmp_path / "b" / "c"
     assert first_writable(folders[:1]) is None
     assert not (tmp_path / "b").exists()  # looking leaves nothing behind
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk that holds next to nothing."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("only who may mount has a small disk to try")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_passed_over_unless_kernels_lie_on_it(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    folders = [small_disk / "a", tmp_path / "b"]
+
+    assert first_writable(folders) == tmp_path / "b"
+    (small_disk / "a" / "kernels-0123456789abcdef").mkdir(parents=True)
+    assert first_writable(folders) == small_disk / "a"
 
 
 def test_an_engine_without_a_folder_for_kernels_says_so_and_cleans_up(tmp_path: Path) -> None:

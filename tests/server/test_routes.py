@@ -202,7 +202,10 @@ def test_the_ring_forgets_the_oldest_request(serve: Serve) -> None:
 
 def test_an_older_request_that_ends_later_does_not_hide_a_newer_one() -> None:
     timelines = Timelines(3)
-    older, newer = (Timeline(request_id="a", owner=b"", received_at=at) for at in (1.0, 2.0))
+    older, newer = (
+        Timeline(request_id="a", owner=b"", received_at=10 - at, arrived_at=at)  # a clock set back
+        for at in (1.0, 2.0)
+    )
 
     for timeline in (older, newer, older):  # the last when it has ended
         timelines.add(timeline)

@@ -20,8 +20,6 @@ class Connection:
 
     def __init__(self, write: Callable[[bytes], bool] | None = None) -> None:
         self.body = b""
-        self.takes_the_end = asyncio.Event()
-        self.takes_the_end.set()
         self.has_ended = False
         self.scope: dict[str, Any] = {"type": "http"}
         if write is not None:
@@ -33,8 +31,6 @@ class Connection:
 
     async def send(self, message: Any) -> None:
         assert not self.has_ended
-        if not message.get("more_body", True):
-            await self.takes_the_end.wait()
         self.body += message.get("body", b"")
         self.has_ended = message["type"].endswith("body") and not message["more_body"]
 
@@ -74,23 +70,6 @@ def test_what_came_last_leaves_before_the_end_whatever_goes_on_just_then(
 
     assert b'"finish_reason":"length"' in body
     assert body.replace(b": still here\n\n", b"").endswith(b"data: [DONE]\n\n")
-
-
-def test_who_does_not_even_take_the_end_is_watched_as_well(served: ServedModel) -> None:
-    async def stall_at_the_end() -> tuple[bool, bool]:
-        connection = Connection()
-        connection.takes_the_end.clear()
-        service = make_service(served)
-        stream = await begin(service)
-        running = asyncio.create_task(stream(connection.scope, connection.receive, connection.send))
-        while service.num_in_flight:
-            await asyncio.sleep(0)
-        is_watched = service.streams == {stream} and stream.sending_since > 0
-        connection.takes_the_end.set()
-        await running
-        return is_watched, service.streams == set()
-
-    assert asyncio.run(stall_at_the_end()) == (True, True)
 
 
 def test_a_mistake_while_sending_ends_the_stream_with_an_error_and_closes_the_books(
