@@ -317,5 +317,8 @@ def test_eight_bits_predict_the_storyteller_s_text_as_well() -> None:
     assert len(exact) == len(rounded) == 2 * 399
     loss, found = (-sum(one.logprob for one in some) / len(some) for some in (exact, rounded))
     assert math.exp(abs(found - loss)) < 1.005  # perplexity within half a percent
+    # In a mean errors cancel. Token by token 8 bits are off by 0.018 here, 6 bits by 0.044.
+    off = [abs(a.logprob - b.logprob) for a, b in zip(exact, rounded, strict=True)]
+    assert sum(off) / len(off) < 0.03
     agree = sum(a.token_ids[0] == b.token_ids[0] for a, b in zip(exact, rounded, strict=True))
     assert agree > 0.93 * len(exact)
