@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -81,6 +82,26 @@ def openvino(directory: str, precision: str, text: Path) -> None:
     time_prompts(text, run)
 
 
+def openvino_first(directory: str, precision: str) -> None:
+    """Time the first token of a prompt of 512 tokens, as scenario `ttft` of `benchmarks.peers`."""
+    genai, numpy = (importlib.import_module(name) for name in ("openvino_genai", "numpy"))
+    tensor = importlib.import_module("openvino").Tensor
+    scheduler = genai.SchedulerConfig()
+    scheduler.cache_size, scheduler.max_num_batched_tokens = 4, 1024  # the prompt in one step
+    hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": 2}
+    pipeline = genai.ContinuousBatchingPipeline(directory, scheduler, "CPU", hints)
+    config = genai.GenerationConfig()
+    config.max_new_tokens, config.do_sample = 1, False
+    numbers = random.Random(3)
+    times = []
+    for _ in range(9):
+        ids = numpy.array([numbers.choices(range(50_000), k=512)])
+        begin = time.perf_counter()
+        pipeline.generate([tensor(ids)], [config])
+        times.append(time.perf_counter() - begin)
+    print(f"512 tokens: {1e3 * statistics.median(times[1:]):.0f} ms", flush=True)
+
+
 def ctranslate2(directory: str, precision: str, gpt2: str, text: Path) -> None:
     """Run CTranslate2's static batches, tokens by the tokenizer in `gpt2`."""
     library = importlib.import_module("ctranslate2")
@@ -142,12 +163,13 @@ def main() -> None:
     arguments: dict[Callable[..., None], dict[str, type]] = {
         random_gpt2: {"directory": Path, "vocabulary": Path},
         openvino: {"directory": str, "precision": str, "text": Path},
+        openvino_first: {"directory": str, "precision": str},
         ctranslate2: {"directory": str, "precision": str, "gpt2": str, "text": Path},
         nanogpt: {"checkout": str, "precision": str},
         llamacpp: {"gguf": str, "port": int},
     }
     for function, kinds in arguments.items():
-        command = commands.add_parser(function.__name__.removeprefix("random_"))
+        command = commands.add_parser(function.__name__.removeprefix("random_").replace("_", "-"))
         for name, kind in kinds.items():
             command.add_argument(name, type=kind)
         command.set_defaults(function=function)
