@@ -6,7 +6,9 @@ as it would have. Knows no text, no HTTP and no torch.
 """
 
 import asyncio
+import errno
 import logging
+import sys
 import time
 from collections.abc import Callable
 from enum import StrEnum
@@ -35,7 +37,10 @@ logger = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_SECONDS = 0.1
 _GRACE_SECONDS = 2.0  # for a worker that hung up to end by itself
-_SHORTAGE_SECONDS = 1.0  # between attempts to make a process where the system refuses
+_SHORTAGE_SECONDS = 1.0  # between attempts to make a process where the system has no room
+_SHORTAGES = {
+    errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT,
+}  # fmt: skip
 
 
 class EngineState(StrEnum):
@@ -172,29 +177,29 @@ class EngineClient:
             while self._num_fruitless_restarts <= self._max_fruitless_restarts:
                 worker = await self._make_worker()
                 self._num_fruitless_restarts += 1
-                if not await self._run_worker(worker):
+                if worker is None or not await self._run_worker(worker):
                     break
                 self.num_restarts += 1
                 delay = 0.1 * 2 ** (self._num_fruitless_restarts - 1)
                 await asyncio.sleep(delay if self._num_fruitless_restarts else 0)
             else:
                 self.reason = f"the engine died {self._num_fruitless_restarts} times in a row"
-        except Exception as error:  # a mistake of ours, of which nobody else would hear
-            self.reason = f"nobody looks after the engine any more: {error!r}"
-            logger.exception("supervision failed")
         finally:
             if self.state != EngineState.STOPPED:
+                mistake = sys.exc_info()[1]  # of ours, and nobody else would hear of it
+                if mistake is not None:
+                    self.reason = f"nobody looks after the engine any more: {mistake!r}"
                 self.state = EngineState.DOWN
-                if self.facts is not None:  # whoever starts it is told by `start`
-                    logger.error("engine down reason=%s", self.reason)
+                if self.facts is not None or mistake:  # else whoever starts it is told by `start`
+                    logger.error("engine down reason=%s", self.reason, exc_info=mistake)
                 self._requests.fail_all(lambda: EngineDied(reason=self.reason))
             self._settled.set()
 
-    async def _make_worker(self) -> WorkerProcess:
-        """Start a process, as soon as the system lets us.
+    async def _make_worker(self) -> WorkerProcess | None:
+        """Start a process as soon as there is room for it; None where something else is in the way.
 
-        It may lack descriptors, processes or memory, as it does of a crowd of clients; that passes,
-        and says nothing about the engine.
+        It may be short of descriptors, processes or memory, by a crowd of clients for one: that
+        passes, and says nothing about the engine.
         """
         worker, self._first_worker = self._first_worker, None
         while worker is None:
@@ -209,6 +214,8 @@ class EngineClient:
                 if reason != self.reason:
                     self.reason = reason
                     logger.warning("engine not started reason=%s", reason)
+                if error.errno not in _SHORTAGES:
+                    return None
                 await asyncio.sleep(_SHORTAGE_SECONDS)
         return worker
 

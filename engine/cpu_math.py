@@ -21,14 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.cpu_features import compiled_for
-from engine.kernel_folder import BESIDE_THE_CODE, first_writable
+from engine.kernel_folder import BESIDE_THE_CODE, first_writable, kernels_name
 
 logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
-
-# What compiled kernels are made of.
-_SOURCES = ("*cpu*.py", "vectors.py", "draw.py", "random_stream.py")
 
 
 def _do_without_blas() -> None:
@@ -51,15 +48,10 @@ def _do_without_blas() -> None:
 def _keep_kernels_by_source() -> "tempfile.TemporaryDirectory[str] | None":
     """Let compiled kernels be found again only as long as nothing they are made of has changed.
 
-    numba's cache looks at the file of a kernel alone: after an upgrade of what the kernel calls, it
-    would go on with the old code. So each state of the sources has a folder of its own, below
-    NUMBA_CACHE_DIR, or else beside the code. Where neither can be written, kernels lie in a folder
-    that is returned, and goes with the process.
+    Each state of the sources has a folder of its own, below NUMBA_CACHE_DIR, or else beside the
+    code. Where neither can be written, kernels lie in a folder that is returned, and goes with the
+    process.
     """
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in _SOURCES for path in here.glob(pattern)):
-        digest.update(path.read_bytes())
     asked = [Path(numba.config.CACHE_DIR)] if numba.config.CACHE_DIR else []
     base = first_writable([*asked, BESIDE_THE_CODE])
     passing = None
@@ -71,7 +63,7 @@ def _keep_kernels_by_source() -> "tempfile.TemporaryDirectory[str] | None":
             "NUMBA_CACHE_DIR name a folder that can be written and has room folder=%s",
             *(asked or [BESIDE_THE_CODE]),
         )
-    numba.config.CACHE_DIR = str(base / f"kernels-{digest.hexdigest()[:16]}")
+    numba.config.CACHE_DIR = str(base / kernels_name())
     return passing
 
 

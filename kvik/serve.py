@@ -194,7 +194,11 @@ def serve(
             max_num_rounds=max_num_rounds,
             enable_prefix_cache=prefix_cache,
         )
-        with WorkerProcess(layout.directory, max_num_sequences=max_num_sequences) as first_worker:
+        try:
+            worker = WorkerProcess(layout.directory, max_num_sequences=max_num_sequences)
+        except OSError as error:
+            fail(f"The engine's process cannot be started: {error.strerror}.")
+        with worker as first_worker:
             # What the worker imports takes longer than all of the following, and goes on beside it.
             from engine.config import LaunchConfig
             from server.announcement import describe_start

@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
+from server import unread
 from server.errors import ApiError, HeadersTooLarge, InvalidRequest, TooSlow
 
 # Java's client, for one, offers HTTP/2 with its first request. Whoever does not take an offer may
@@ -23,6 +24,7 @@ _UPGRADE = re.compile(rb"(?<=\r\n)upgrade(?=[ \t]*:)", re.IGNORECASE)
 _PASSED_OVER = b"Ignored"  # as long
 
 _LOOKS = 4  # at what a client has not taken, in the time that it may take nothing
+_LEAST_LOOK_SECONDS = 0.01
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +70,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._is_refused = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._cycles: deque[RequestResponseCycle] = deque()  # from the first without its answer on
-        self._num_unread_bytes = 0  # that were not taken when we last looked
-        self._has_moved = False  # since then: some of it was taken, or more came to it
-        self._num_idle_looks = 0  # in a row at which nothing had been taken
+        self._progress = -1  # of the client when we last looked
+        self._num_idle_looks = 0  # in a row at which it had taken nothing of what waits for it
         self._look_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -90,11 +91,6 @@ class HttpProtocol(HttpToolsProtocol):
             if not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
-
-    def resume_writing(self) -> None:
-        """See Protocol."""
-        self._has_moved = True
-        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """See Protocol."""
@@ -167,25 +163,27 @@ class HttpProtocol(HttpToolsProtocol):
         if self.flow.write_paused:
             return False
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        self._has_moved = True
         return True
 
     def _look_later(self) -> None:
         self._look_timer = self.loop.call_later(
-            self.stalled_reader_seconds / _LOOKS, self._look_for_a_reader
+            max(_LEAST_LOOK_SECONDS, self.stalled_reader_seconds / _LOOKS), self._look_for_a_reader
         )
 
     def _look_for_a_reader(self) -> None:
         """Hang up if for some looks in a row nothing was taken of what waits for the client."""
-        num_bytes = self.transport.get_write_buffer_size()
-        is_idle = num_bytes >= self._num_unread_bytes > 0 and not self._has_moved
+        try:
+            progress, is_waiting = unread.look(self.transport)
+        except OSError:  # closed, of which we are told soon
+            return
+        is_idle = is_waiting and progress == self._progress
         self._num_idle_looks = self._num_idle_looks + 1 if is_idle else 0
-        self._num_unread_bytes, self._has_moved = num_bytes, False
+        self._progress = progress
         if self._num_idle_looks < _LOOKS:
             self._look_later()
         else:
             self.count_stalled()
-            logger.info("reader dropped client=%s unread_bytes=%d", self.client, num_bytes)
+            logger.info("reader dropped client=%s", ":".join(map(str, self.client or ())))
             self.transport.abort()
 
     def _start_head(self) -> None:

@@ -252,7 +252,8 @@ class Service:
         if self.is_draining:
             return "draining", "The server is shutting down; what runs is being finished."
         if engine.state == EngineState.LOADING:
-            return "loading", "The engine is loading the model."
+            why = f" {_sentence(engine.reason)}" if engine.reason else ""
+            return "loading", f"The engine is loading the model.{why}"
         if engine.state != EngineState.READY:
             reason = engine.reason or f"the engine is {engine.state}"
             again = " It is being started again." if engine.state == EngineState.RESTARTING else ""

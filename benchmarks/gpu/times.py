@@ -168,7 +168,11 @@ def time_disturbances(bench: Workbench, report: Report) -> None:
             start = 0.0
             while (output := engine.step()) is not None:
                 step += 1
-                drawn = [token.seq_id for token in output.outputs if token.token_id is not None]
+                drawn = [
+                    token.seq_id
+                    for token in output.outputs
+                    if token.token_id is not None and token.seq_id < count
+                ]
                 if len(begun) < count:
                     begun.update(drawn)  # the first tokens came, and with them their prompts' cost
                     start = time.perf_counter()

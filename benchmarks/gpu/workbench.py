@@ -1,6 +1,7 @@
 """What the parts of a run share: the model, engines over it, prompts, and clocks."""
 
 import copy
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -82,7 +83,12 @@ class Workbench:
         return self._engines[kind]
 
     def _free_bytes(self) -> int:
-        return int(torch.cuda.mem_get_info()[0]) if self.device.type == "cuda" else 0
+        """What the device has left, with nothing kept for later by torch."""
+        if self.device.type != "cuda":
+            return 0
+        gc.collect()
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info()[0])
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
         """Random prompts, the same for the same numbers."""

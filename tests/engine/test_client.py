@@ -142,6 +142,38 @@ async def test_a_shortage_of_the_system_delays_the_next_engine_and_no_more(
         assert await task == expected_tokens([wanted])[0]
 
 
+@in_time
+async def test_what_never_passes_is_no_shortage(launch: LaunchConfig) -> None:
+    (wanted,) = requests(1)
+    python = sys.executable
+    async with started(launch) as client:
+        (task,) = submit_all(client, [wanted])
+        while client.stats is None:
+            await asyncio.sleep(0.01)
+        sys.executable = "/nowhere/python"  # as an upgrade may leave it
+        try:
+            kill_worker(client)
+            with pytest.raises(EngineDied, match="cannot be started: No such file or directory"):
+                await task
+        finally:
+            sys.executable = python
+
+        assert client.state == EngineState.DOWN
+
+
+@in_time
+async def test_a_mistake_in_looking_after_the_engine_is_told_and_lets_nobody_wait(
+    launch: LaunchConfig,
+) -> None:
+    client = EngineClient(launch, worker_module="tests.engine.babbling_worker")
+    stream = client.submit("a", [1], params(1))
+    with pytest.raises(StartRefused, match="nobody looks after the engine any more: ValidationError"):
+        await client.start()
+    with pytest.raises(EngineDied):
+        await ids_of(stream)
+    await client.stop()
+
+
 def test_the_directory_one_stands_in_does_not_get_in_the_way(
     launch: LaunchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

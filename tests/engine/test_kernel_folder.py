@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.kernel_folder import first_writable
+from engine.kernel_folder import first_writable, kernels_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,7 +99,9 @@ def test_a_full_disk_is_passed_over_unless_kernels_lie_on_it(
     folders = [small_disk / "a", tmp_path / "b"]
 
     assert first_writable(folders) == tmp_path / "b"
-    (small_disk / "a" / "kernels-0123456789abcdef").mkdir(parents=True)
+    (small_disk / "a" / "kernels-0123456789abcdef" / "old").mkdir(parents=True)
+    assert first_writable(folders) == tmp_path / "b"
+    (small_disk / "a" / kernels_name() / "kernel").mkdir(parents=True)
     assert first_writable(folders) == small_disk / "a"
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from server.errors import InvalidRequest
 from server.protocol.requests import CompletionRequest
 from server.routes import start_completion
 from server.served_model import ServedModel
 from server.service import Service
-from server.streaming import EventStream
+from server.streaming import EventStream, error_event
 from tests.server.conftest import make_client, make_service
 
 
@@ -106,3 +107,10 @@ def test_an_event_is_one_line_to_whoever_cuts_text_by_any_ends_of_lines(
     assert lines[-1] == "data: [DONE]"
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks).startswith(text)
+
+
+def test_a_last_word_is_one_line_as_well() -> None:
+    event = error_event(InvalidRequest("one\x85two\u2028three")).decode()
+
+    (line,) = event.strip("\n").splitlines()
+    assert json.loads(line.removeprefix("data: "))["error"]["message"] == "one\x85two\u2028three"
