@@ -167,7 +167,9 @@ async def test_a_mistake_in_looking_after_the_engine_is_told_and_lets_nobody_wai
 ) -> None:
     client = EngineClient(launch, worker_module="tests.engine.babbling_worker")
     stream = client.submit("a", [1], params(1))
-    with pytest.raises(StartRefused, match="nobody looks after the engine any more: ValidationError"):
+    with pytest.raises(
+        StartRefused, match="nobody looks after the engine any more: ValidationError"
+    ):
         await client.start()
     with pytest.raises(EngineDied):
         await ids_of(stream)
