@@ -17,14 +17,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contestants import free_port, kvik_command, started
+from benchmarks.contestants import free_port, kvik_command, processor_seconds, started
 from benchmarks.decode import measure_decode, random_prompts
 from benchmarks.serving import LoadConfig, bench_serving
 from engine.config import EngineConfig, LaunchConfig
 from engine.loading import load_engine
 from engine.sampling_params import SamplingParams
 
-_TICKS = os.sysconf("SC_CLK_TCK")
 _ROUNDS = 3
 _LOADS = 6  # of all streams, one behind the other: processor time has ticks of 10 ms
 _PROMPT_WORDS, _PROMPT_TOKENS = 24, 32
@@ -48,12 +47,6 @@ class Served:
     python: float  # of the server's process: text, JSON, events
     sockets: float  # of the server's process: the system's time
     load: float  # of the load generator
-
-
-def processor_seconds(pid: int) -> tuple[float, float]:
-    """What a process has used so far, of its own and of the system's."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-    return int(fields[11]) / _TICKS, int(fields[12]) / _TICKS
 
 
 def measure_alone(model: str, dtype: str, counts: list[int], new_tokens: int) -> dict[int, Alone]:

@@ -22,6 +22,7 @@ from benchmarks.serving import BenchmarkError, LoadConfig, bench_serving
 
 _SPEED = re.compile(r"batch (\d+): ([\d.]+) tokens/s")
 _END_SECONDS = 20  # for a server to end by itself
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,12 @@ class Server:
         """What the processes of the session hold in memory together (Linux)."""
         pages = sum(int(fields[21]) for _, fields in _processes(self.session))
         return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def processor_seconds(pid: int) -> tuple[float, float]:
+    """What a process has used of the processors so far, its own time and the system's (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return int(fields[11]) / _TICKS, int(fields[12]) / _TICKS
 
 
 def _processes(session: int) -> Iterator[tuple[int, list[str]]]:

@@ -7,7 +7,6 @@ stream and step.
 
 import argparse
 import json
-import os
 import selectors
 import signal
 import socket
@@ -18,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.contestants import processor_seconds
 from engine.config import EngineConfig, LaunchConfig
 from engine.messages import Ready
 from server.app import serve
@@ -26,7 +26,6 @@ from server.served_model import ServedModel
 
 ROOT = Path(__file__).resolve().parent.parent
 STORYTELLER = ROOT / "weights" / "storyteller"
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +132,8 @@ def _read_streams(
             chunks += data.count(b"\n\n")
             selector.modify(connection, selectors.EVENT_READ, b"\n" if data[-1:] == b"\n" else b"")
         if not window and chunks >= first:
-            window.append((chunks, time.perf_counter(), _processor_seconds(pid)))
-    window.append((chunks, time.perf_counter(), _processor_seconds(pid)))
+            window.append((chunks, time.perf_counter(), sum(processor_seconds(pid))))
+    window.append((chunks, time.perf_counter(), sum(processor_seconds(pid))))
     for key in list(selector.get_map().values()):
         key.fileobj.close()  # type: ignore[union-attr]
     begin, end = window
@@ -142,12 +141,6 @@ def _read_streams(
         num_streams=num_streams, num_rounds=num_rounds, num_chunks=end[0] - begin[0],
         seconds=end[1] - begin[1], server_seconds=end[2] - begin[2],
     )  # fmt: skip
-
-
-def _processor_seconds(pid: int) -> float:
-    """Processor time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 def _serve(model: Path, num_rounds: int) -> None:

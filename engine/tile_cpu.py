@@ -36,6 +36,7 @@ FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # kinds of products, by their weights
 BLOCKS = 3  # of 16 outputs, which a tile has
 VALUES = {FLOAT32: 1, BFLOAT16: 2, INT8: 4}  # inputs of a row in a step: 4 bytes of weights
 _SHORTS = ir.VectorType(ir.IntType(16), 2 * LANES)
+_BYTES = ir.VectorType(ir.IntType(8), 16)  # of a register of ARM's
 
 
 class Arithmetic(NamedTuple):
@@ -135,10 +136,8 @@ def _add_byte_fours(bits: int) -> Callable[[Any, Any, Any, Any], Any]:
 
 
 def _add_signed_fours(builder: Any, *vectors: Any) -> Any:
-    bytes_16 = ir.VectorType(ir.IntType(8), 16)
-
     def add(totals: Any, inputs: Any, weights: Any) -> Any:
-        a, b = (builder.bitcast(x, bytes_16) for x in (inputs, weights))
+        a, b = (builder.bitcast(x, _BYTES) for x in (inputs, weights))
         return call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", totals.type, totals, a, b)
 
     return _by_parts(builder, 128, add, vectors)
@@ -149,7 +148,7 @@ def _add_signed_pairs(builder: Any, *vectors: Any) -> Any:
     shorts = ir.VectorType(ir.IntType(16), 8)
 
     def add(totals: Any, inputs: Any, weights: Any) -> Any:
-        a, b = (builder.bitcast(x, ir.VectorType(ir.IntType(8), 16)) for x in (inputs, weights))
+        a, b = (builder.bitcast(x, _BYTES) for x in (inputs, weights))
         halves = []
         for start in (0, 8):
             lanes = ir.Constant(ir.VectorType(WORD, 8), list(range(start, start + 8)))
